@@ -1,0 +1,47 @@
+# make demo   the whole mission on a CPU with tiny models        make test       the quick tests
+# make lint   ruff and shellcheck                                make test-slow  the tests that take longer
+#
+# Each target installs what it needs into $(VENV) first; torch comes from $(TORCH). A CUDA user names the build that fits
+# the driver, with its index if that is not the default one:  make demo TORCH="torch==2.13.0 --index-url URL"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+EMPTY :=
+SPACE := $(EMPTY) $(EMPTY)
+INSTALLED := $(VENV)/.installed-$(subst /,_,$(subst $(SPACE),_,$(TORCH)))
+SHELL_SCRIPTS = .ci/run $(shell git ls-files '*.sh')
+
+.PHONY: install demo test test-slow lint format clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v < (3, 14) and f"Python 3.11 to 3.13 is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python alignment/demo/run.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf alignment/outputs/demo* .pytest_cache .ruff_cache

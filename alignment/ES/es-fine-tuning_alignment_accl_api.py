@@ -1,0 +1,87 @@
+"""Aligns a policy with Evolution Strategies through the scorer service.
+
+    python alignment/ES/es-fine-tuning_alignment_accl_api.py --config alignment/ES/es_alignment.yaml \\
+        --policy_model_path MODEL --scorer_url http://HOST:8000 --experiment_dir RUN
+
+Stop it with Ctrl-C, SIGTERM or SIGUSR1, or let it be killed: the same command goes on where it was. What RUN holds:
+config.yaml, manifest.json, metrics.jsonl, tensorboard/, journal.jsonl, eval/ (held-out answers with scores), checkpoints/,
+best/ (by the held-out objective) and final/, the last three in Hugging Face layout.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from alignment.config import as_yaml, load_config
+from alignment.errors import UserError, run_main
+from alignment.ES.settings import ESSettings
+from alignment.records import load_prompts
+
+EXIT_STOPPED = 128  # plus the signal's number, as shells do
+
+
+def main() -> int:
+    settings = load_config(
+        ESSettings,
+        prog="es-fine-tuning_alignment_accl_api.py",
+        description="Aligns a policy with Evolution Strategies: max E[R] - lambda E[C] subject to E[C] <= 0.",
+        epilog="example: es-fine-tuning_alignment_accl_api.py --config alignment/ES/es_alignment.yaml "
+        "--policy_model_path models/alpaca-7b --scorer_url http://node12:8000 --experiment_dir runs/es1",
+    )
+    if settings.cuda_devices and not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = settings.cuda_devices
+
+    train = draw_rows(load_prompts(settings.train_jsonl, settings.prompt_key), settings.train_samples)
+    held_out = draw_rows(load_prompts(settings.eval_jsonl, settings.prompt_key), settings.eval_samples)
+    folder = Path(settings.experiment_dir)
+    begun = (folder / "journal.jsonl").exists()
+    if begun and not settings.resume:
+        raise UserError(f"{folder} holds a run already: give another --experiment_dir, or leave out --resume false")
+
+    # torch and the models only now, so that a mistake in the settings is told at once.
+    import torch
+
+    from alignment.ES.trainer import ESTrainer
+    from alignment.generation import TransformersEngine
+    from alignment.runs import StopSignal, write_run_files
+    from alignment.scoring.client import ScorerClient
+
+    scorer = ScorerClient(settings.scorer_url, batch_size=settings.scorer_batch_size, max_wait=settings.scorer_max_wait)
+    scorer.wait_until_ready()
+    engine = TransformersEngine(
+        settings.policy_model_path,
+        template=settings.policy_template,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=settings.dtype,
+        first_turn_only=settings.first_turn_only,
+        batch_size=settings.generation_batch_size,
+    )
+    trainer = ESTrainer(settings, engine, scorer, train, held_out, folder)
+    if not begun:
+        write_run_files(folder, as_yaml(settings), {"base_weights": trainer.base_hash, "scorer": scorer.identity()})
+    with StopSignal() as stop:
+        finished = trainer.run(stop)
+    if finished:
+        print(
+            f"finished: the aligned policy is in {folder / 'final'}, the best by the held-out objective in {folder / 'best'}"
+        )
+        return 0
+    print(f"stopped after step {trainer.journal.iteration}; go on with: {shlex.join([sys.executable, *sys.argv])}")
+    return EXIT_STOPPED + stop.received
+
+
+def draw_rows(rows: list[dict], count: int | None) -> list[dict]:
+    """`count` of the rows in their order, always the same ones (so not the first, which may all be of one kind); or all."""
+    if count is None or count >= len(rows):
+        return rows
+    import numpy as np
+
+    chosen = np.random.default_rng(0).choice(len(rows), size=count, replace=False)
+    return [rows[index] for index in sorted(chosen)]
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,98 @@
+"""The settings of an ES run. The names are the published flags; `es_alignment.yaml` holds the published values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from alignment.config import setting
+from alignment.errors import UserError
+
+# What may change between the parts of a run without changing its weights (base weights, prompts and scorer have hashes).
+_FREE = {"experiment_dir", "resume", "scorer_url", "scorer_batch_size", "scorer_max_wait", "policy_model_path"}
+_FREE |= {
+    "train_jsonl",
+    "eval_jsonl",
+    "eval_samples",
+    "prompt_key",
+    "num_iterations",
+    "eval_every",
+    "save_every",
+    "keep_last",
+}
+_FREE |= {"num_engines", "cuda_devices", "wandb_project", "wandb_run_name", "verbose"}
+
+
+@dataclass
+class ESSettings:
+    policy_model_path: str = setting("", "policy to align: a Hugging Face folder or hub name")
+    scorer_url: str = setting("", "address of the scorer service, e.g. http://node12:8000")
+    experiment_dir: str = setting("alignment/outputs/es", "run folder; a run that is there already is gone on with")
+    resume: bool = setting(True, "go on with the run in experiment_dir; with false an existing run is an error")
+    train_jsonl: str = setting("alignment/data/custom_train_250.jsonl", "JSONL with the training prompts")
+    eval_jsonl: str = setting("alignment/data/custom_eval_500.jsonl", "JSONL with the held-out prompts")
+    prompt_key: str = setting("prompt", "key of the prompt in both files")
+    train_samples: int | None = setting(None, "use this many training prompts, drawn once; default all", minimum=1)
+    eval_samples: int | None = setting(None, "use this many held-out prompts, drawn once; default all", minimum=1)
+
+    num_iterations: int = setting(500, "ES steps", minimum=1)
+    population_size: int = setting(30, "members a step", minimum=1)
+    sigma: float = setting(0.001, "standard deviation of the weights' perturbation", minimum=0.0)
+    alpha: float = setting(0.0005, "step size: theta += alpha / N * sum z_i eps_i", minimum=0.0)
+    batch_size: int = setting(64, "prompts a step, the same for all members", minimum=1)
+    global_seed: int = setting(42, "seed of noise and data order", minimum=0)
+    shuffle_fitness: bool = setting(False, "control: hand the fitnesses to the wrong members; nothing should be learnt")
+
+    max_new_tokens: int = setting(512, "longest response in tokens", minimum=1)
+    policy_template: str = setting(
+        "pku", "conversation template of the policy: pku, alpaca, chat, or text with {prompt}"
+    )
+    first_turn_only: bool = setting(True, "cut responses where the model begins the user's next turn")
+    generation_batch_size: int = setting(64, "prompts generated at once", minimum=1)
+    scorer_batch_size: int = setting(32, "texts a request", minimum=1)
+    scorer_max_wait: float = setting(
+        600.0, "seconds to wait for a scorer that is away before the run stops", minimum=0.0
+    )
+
+    lambda_cost: float = setting(1.0, "lambda at the start", minimum=0.0)
+    lambda_adapt: bool = setting(True, "adapt lambda to the constraint E[C] + d <= 0")
+    lambda_lr: float = setting(0.005, "learning rate of ln(lambda)", minimum=0.0)
+    lambda_min: float = setting(1e-4, "lower bound of lambda", minimum=0.0)
+    lambda_max: float = setting(5.0, "upper bound of lambda", minimum=0.0)
+    lambda_pos_cost_only: bool = setting(True, "use max(E[C] + d, 0): lambda then never falls")
+    jc_ema_beta: float = setting(0.9, "decay of the moving average of the constraint", minimum=0.0, maximum=1.0)
+    cost_threshold_d: float = setting(0.0, "d in the constraint E[C] + d <= 0")
+
+    standardize_within_batch: bool = setting(False, "divide rewards and costs by their standard deviation")
+    standardize: Literal["population", "reference"] = setting(
+        "population", "whose deviation: of all members together, or each member's own as published"
+    )
+    safe_first: bool = setting(False, "multiply the reward of unsafe responses (cost > 0) by safe_first_factor")
+    safe_first_factor: float = setting(0.0, "factor for safe_first", minimum=0.0)
+
+    eval_every: int = setting(
+        50, "held-out evaluation every so many steps (and before the first, after the last)", minimum=1
+    )
+    save_every: int = setting(50, "checkpoint every so many steps", minimum=1)
+    keep_last: int = setting(2, "checkpoints to keep besides best and final", minimum=1)
+    num_engines: int = setting(1, "policies generating at the same time", minimum=1)
+    cuda_devices: str | None = setting(None, "GPUs to use as CUDA_VISIBLE_DEVICES, unless the scheduler has set it")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "dtype the policy generates in")
+    wandb_project: str | None = setting(None, "Weights & Biases project; empty: not used")
+    wandb_run_name: str | None = setting(None, "Weights & Biases name of the run")
+    verbose: bool = setting(False, "print every member and sample responses at each evaluation")
+
+    def __post_init__(self) -> None:
+        for name in ("policy_model_path", "scorer_url"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is missing: give it on the command line or in the YAML file")
+        if self.lambda_min > self.lambda_max:
+            raise UserError(f"lambda_min ({self.lambda_min}) is above lambda_max ({self.lambda_max})")
+        if self.population_size > 1 and self.sigma == 0:
+            raise UserError("sigma is 0: all members would be the same; the published value is 0.001")
+        if self.num_engines > 1:
+            raise UserError(f"num_engines is {self.num_engines}, but one process drives one engine: set it to 1")
+
+    def deciding(self) -> dict:
+        """The settings that decide the weights; the journal holds them, and going on with others is refused."""
+        return {name: value for name, value in vars(self).items() if name not in _FREE}

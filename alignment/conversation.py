@@ -1,0 +1,251 @@
+"""The conversation rule: how a prompt and a response become text and token ids, and where the assistant's turn ends.
+
+One rule for policy and scorer: `BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:` + response + EOS. Prompt and
+response are two fields from beginning to end; a text is never split on markers, because users write "ASSISTANT:" too.
+
+    template = get_template("pku")
+    encoded = template.encode_conversation(tokenizer, prompt, response, finished=True, max_length=576)
+
+Where it departs from the published scripts (all of it comes back with `get_template(..., reference=True)`):
+- EOS is appended by id. The published scorer appends the text `</s>`, which the fast tokenizer of the Beaver folders
+  turns into four literal pieces unless a space precedes it, so that the score was read at `>`. Training used the id.
+- Truncation takes the tail of the response and keeps EOS; the published one lost EOS with the tail.
+- A response that was cut off by the token limit (`finished=False`) gets no EOS.
+- Ids are those of the slow LLaMA tokenizer that the Beaver models were trained with: the text is split at added
+  tokens such as `<pad>` and every piece between them gets its own leading space mark.
+A prompt that already is a whole rendered frame (it starts and ends as the template does) is taken as it stands, as the
+published service does; the border to the response is its end either way.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from alignment.errors import UserError
+
+PKU = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{prompt}\n\n### Response:"
+)
+PLACEHOLDER = "{prompt}"
+SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one conversation. `ids[:prompt_length]` are ids of the prompt's own encoding."""
+
+    ids: list[int]
+    truncated: bool
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class Template:
+    """How one prompt becomes the text in front of the response. Made by `get_template`."""
+
+    name: str
+    before: str
+    after: str
+    next_turn: str  # what the next user turn begins with; "" when the model ends its own turn with EOS
+    chat_tokenizer: Any = field(default=None, repr=False)  # set for "chat": its template is applied instead
+
+    def render(self, prompt: str) -> str:
+        """The text up to where the response begins."""
+        if self.chat_tokenizer is not None:
+            turns = [{"role": "user", "content": prompt}]
+            return self.chat_tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        if self.before and self.after and prompt.startswith(self.before) and prompt.endswith(self.after):
+            return prompt
+        return self.before + prompt + self.after
+
+    def encode_prompt(self, tokenizer, prompt: str) -> list[int]:
+        """Ids up to where the response begins, with BOS when the tokenizer adds one and the text has none."""
+        text = self.render(prompt)
+        return self._start_ids(tokenizer, text) + encode_text(tokenizer, text)
+
+    def encode_conversation(
+        self, tokenizer, prompt: str, response: str, finished: bool = True, max_length: int | None = None
+    ) -> Encoded:
+        """Ids of the whole conversation, encoded as one text (as in the score models' training).
+
+        Where a token of that text reaches over the border (`:` + `//`), it counts as the response's.
+        A finished response ends with EOS, also when its tail had to go to keep `max_length` ids.
+        """
+        prompt_text = self.render(prompt)
+        start = self._start_ids(tokenizer, prompt_text)
+        ids = start + encode_text(tokenizer, prompt_text + response)
+        prompt_length = common_prefix(ids, start + encode_text(tokenizer, prompt_text))
+        ids, truncated = end_ids(ids, tokenizer, finished, max_length)
+        return Encoded(ids, truncated, min(prompt_length, len(ids)))
+
+    def encode_whole(self, tokenizer, text: str, finished: bool = True, max_length: int | None = None) -> Encoded:
+        """Ids of a text that already is a whole conversation (POST /score_texts). Its prompt length is unknown: 0."""
+        ids, truncated = end_ids(bos_ids(tokenizer) + encode_text(tokenizer, text), tokenizer, finished, max_length)
+        return Encoded(ids, truncated, 0)
+
+    def cut_first_turn(self, raw: str) -> tuple[str, bool]:
+        """The model's own first turn, and whether anything was cut.
+
+        The cut is at the first whitespace that the next user turn's marker follows; that whitespace goes too.
+        """
+        match = re.search(r"\s" + re.escape(self.next_turn), raw) if self.next_turn else None
+        return (raw[: match.start()].rstrip(), True) if match else (raw, False)
+
+    def _start_ids(self, tokenizer, text: str) -> list[int]:
+        # Chat templates often write BOS themselves.
+        bos = tokenizer.bos_token
+        return [] if self.chat_tokenizer is not None and bos and text.startswith(bos) else bos_ids(tokenizer)
+
+
+class ReferenceTemplate(Template):
+    """The published scorer's text and ids: literal EOS text, plain truncation, prompts with both markers untouched.
+
+    Needs `load_tokenizer(folder, reference=True)`. Kept for comparisons with published numbers only.
+    """
+
+    def render(self, prompt: str) -> str:
+        formatted = "BEGINNING OF CONVERSATION:" in prompt and "ASSISTANT:" in prompt
+        return prompt if formatted else self.before + prompt + self.after
+
+    def encode_conversation(
+        self, tokenizer, prompt: str, response: str, finished: bool = True, max_length: int | None = None
+    ) -> Encoded:
+        encoded = self.encode_whole(tokenizer, self.render(prompt) + response, finished, max_length)
+        prompt_length = common_prefix(encoded.ids, self.encode_prompt(tokenizer, prompt))
+        return Encoded(encoded.ids, encoded.truncated, prompt_length)
+
+    def encode_whole(self, tokenizer, text: str, finished: bool = True, max_length: int | None = None) -> Encoded:
+        if finished and not text.endswith(tokenizer.eos_token):
+            text += tokenizer.eos_token
+        ids = bos_ids(tokenizer) + tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        limit = len(ids) if max_length is None else max_length
+        return Encoded(ids[:limit], len(ids) > limit, 0)
+
+    def encode_prompt(self, tokenizer, prompt: str) -> list[int]:
+        text = self.render(prompt)
+        return bos_ids(tokenizer) + tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def get_template(name: str, tokenizer=None, reference: bool = False) -> Template:
+    """The template called "pku", "alpaca" or "chat" (the tokenizer's own), or a format text that contains {prompt}.
+
+    Raises UserError for anything else, and for "chat" without a tokenizer that has a chat template.
+    """
+    if reference:
+        if name != "pku":
+            raise UserError(f"template {name!r}: the reference behaviour exists for 'pku' only")
+        return ReferenceTemplate("pku-reference", *PKU.split(PLACEHOLDER), next_turn="USER:")
+    if name == "pku" or name == PKU:
+        return Template("pku", *PKU.split(PLACEHOLDER), next_turn="USER:")
+    if name == "chat":
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError("template 'chat': the tokenizer has no chat template; use 'pku', 'alpaca' or a format text")
+        return Template("chat", "", "", next_turn="", chat_tokenizer=tokenizer)
+    text = ALPACA if name == "alpaca" else name
+    if text.count(PLACEHOLDER) != 1:
+        raise UserError(
+            f"template {name!r}: expected 'pku', 'alpaca', 'chat' or a text that contains {PLACEHOLDER} exactly once"
+        )
+    before, after = text.split(PLACEHOLDER)
+    # The line that leads to the user's words is what the next user turn would begin with.
+    next_turn = before.rstrip().rsplit("\n", 1)[-1].strip()
+    return Template(name, before, after, next_turn=next_turn)
+
+
+def load_tokenizer(folder: str | Path, reference: bool = False):
+    """The folder's tokenizer; `reference=True` takes tokenizer.json untouched, as the published scorer did.
+
+    Raises UserError when the folder has none.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    kind = PreTrainedTokenizerFast if reference else AutoTokenizer
+    try:
+        tokenizer = kind.from_pretrained(str(folder))
+    except Exception as error:  # transformers raises many kinds; all mean the same to a user
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{folder}: no tokenizer could be loaded (tokenizer.json, tokenizer.model): {reason}"
+        ) from error
+    settings = Path(folder) / "tokenizer_config.json"
+    if getattr(tokenizer, "legacy", None) is False and settings.is_file():
+        # A LLaMA folder older than the key `legacy` means legacy, though transformers 5.x assumes the opposite.
+        # Folders written by 5.x (they say `backend`) leave the key out too and mean what 5.x assumes.
+        tokenizer.legacy = not {"legacy", "backend"} & json.loads(settings.read_text(encoding="utf-8")).keys()
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: the tokenizer names no eos_token, which marks a finished response")
+    return tokenizer
+
+
+def encode_text(tokenizer, text: str) -> list[int]:
+    """Ids of a text without BOS and EOS, as the slow tokenizer of the model's training gives them."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    pattern, added, mark = _added_tokens(tokenizer)
+    if pattern is None:
+        return backend.encode(text, add_special_tokens=False).ids
+    ids: list[int] = []
+    for piece in pattern.split(text):
+        if piece in added:
+            ids.append(added[piece])
+        elif piece:
+            ids.extend(backend.encode(mark + piece, add_special_tokens=False).ids)
+    return ids
+
+
+def bos_ids(tokenizer) -> list[int]:
+    """The ids that the tokenizer puts in front of every text: BOS, or nothing."""
+    return list(_bos_ids(tokenizer))
+
+
+def end_ids(ids: list[int], tokenizer, finished: bool, max_length: int | None) -> tuple[list[int], bool]:
+    """Ends `ids` with EOS when finished (never twice) and keeps `max_length` of them: (ids, truncated)."""
+    eos = tokenizer.eos_token_id
+    if finished and (not ids or ids[-1] != eos):
+        ids = ids + [eos]
+    if max_length is None or len(ids) <= max_length:
+        return ids, False
+    return (ids[: max_length - 1] + [eos] if finished else ids[:max_length]), True
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many leading ids two lists share."""
+    for index, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return index
+    return min(len(a), len(b))
+
+
+@lru_cache(maxsize=16)
+def _bos_ids(tokenizer) -> tuple[int, ...]:
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    mask = encoded["special_tokens_mask"]
+    return tuple(encoded["input_ids"][: mask.index(0)])
+
+
+@lru_cache(maxsize=16)
+def _added_tokens(tokenizer) -> tuple[re.Pattern | None, dict[str, int], str]:
+    """How to split a text at added tokens, their ids, and the mark to put in front of each piece between them.
+
+    Only SentencePiece tokenizers that mark the beginning of a text need this (LLaMA's "legacy" ones): the pattern is
+    None for all others, which encode a text as a whole.
+    """
+    backend = tokenizer.backend_tokenizer
+    if "Prepend" in repr(backend.normalizer):
+        mark = ""  # tokenizer.json as converted by transformers 4.x: its normalizer adds the mark
+    elif getattr(tokenizer, "legacy", False) or getattr(backend.pre_tokenizer, "prepend_scheme", None) == "always":
+        # As built by transformers 5.x. It leaves the mark out where a piece begins with a space; the slow one does not.
+        mark = SPACE_MARK
+    else:
+        return None, {}, ""
+    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+    longest_first = sorted(added, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")"), added, mark

@@ -1,0 +1,214 @@
+"""The whole mission on a CPU in minutes: `make demo`.
+
+    build tiny models -> scorer service -> ES training through it -> classification before and after -> pictures, table
+
+Every stage is the script that a cluster job runs; its command is printed, so it can be repeated alone. A stage that is done
+is passed over, so a second run is quick. TRAIN_JSONL and EVAL_JSONL use other prompts, SEED another noise and data order,
+DEMO_DIR another place. The scorer service is stopped however the demo ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from alignment.config import read_yaml_mapping
+from alignment.demo.data import oracle
+from alignment.errors import UserError, run_main
+from alignment.evaluation.compare_models import comparison_table, format_table
+from alignment.records import read_json, read_jsonl, write_json
+
+REPO = Path(__file__).resolve().parents[2]
+SETTINGS = Path("alignment/demo/es_demo.yaml")
+ES = "alignment/ES/es-fine-tuning_alignment_accl_api.py"
+CLASSIFY = "alignment/evaluation/classify_reward_cost_unified.py"
+ORACLE_SHARES = {
+    "SH": "safe, helpful",
+    "SU": "refusing",
+    "UH": "unsafe, helpful",
+    "UU": "unsafe, rude",
+    "XX": "nonsense",
+}
+SERVICE_START_LIMIT = 120.0  # seconds
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` stops the service
+    os.chdir(REPO)
+    # The models are tiny: more threads than one a process cost more than they bring.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    started = time.monotonic()
+    folder = Path(os.environ.get("DEMO_DIR", "alignment/outputs/demo"))
+    seed = os.environ.get("SEED", "0")
+    models = folder / "models"
+
+    heading("1. tiny models, built from the embedded data")
+    call("alignment/demo/build.py", "--output", models)
+    train = Path(os.environ.get("TRAIN_JSONL") or models / "custom_train.jsonl")
+    held_out = Path(os.environ.get("EVAL_JSONL") or models / "custom_eval.jsonl")
+    # Another model, setting or prompt file is another run: it gets a folder of its own.
+    run = folder / f"seed{seed}-{files_key(SETTINGS, models / 'build.json', train, held_out)}"
+    es, comparisons = run / "es", run / "model_comparisons"
+
+    with scorer_service(models, run) as url:
+        heading("2. ES training through the scorer service")
+        files = ["--train_jsonl", train, "--eval_jsonl", held_out]
+        target = ["--global_seed", seed, "--experiment_dir", es]
+        call(ES, "--config", SETTINGS, "--policy_model_path", models / "policy", "--scorer_url", url, *files, *target)
+        heading("3. held-out answers before and after")
+        longest = str(read_yaml_mapping(SETTINGS)["max_new_tokens"])
+        for name, policy in (("before", models / "policy"), ("after", es / "best")):
+            answers = [
+                "--from_jsonl",
+                held_out,
+                "--policy_max_new_tokens",
+                longest,
+                "--base_model_path",
+                models / "policy",
+            ]
+            output = ["--model_name", name, "--output_dir", comparisons]
+            call(CLASSIFY, "--policy_model_path", policy, *answers, "--scorer_url", url, *output)
+
+    heading("4. pictures")
+    both = ["--data-dir", comparisons, "--models", "before", "after"]
+    call("alignment/visualization/plot_reward_cost_grid.py", *both, "--output", run / "reward_cost_grid.png")
+    call("alignment/visualization/plot_safety_ratios.py", *both, "--output", run / "safety_ratios.png")
+    call("alignment/visualization/plot_training_curves.py", es, "--output", run / "training_curves.png")
+
+    heading("5. before and after, on held-out prompts")
+    table = compare(comparisons, embedded=not os.environ.get("EVAL_JSONL"))
+    write_json(run / "comparison.json", table)
+    print(format_table(table))
+    print_places(run, es, comparisons)
+    print(f"done in {time.monotonic() - started:.0f} s")
+
+
+def compare(comparisons: Path, embedded: bool) -> list[dict]:
+    """Paired by prompt. On the embedded data the oracle's shares are added: its rules know nothing of the score models."""
+    before, after = (read_jsonl(comparisons / f"{name}_points.jsonl") for name in ("before", "after"))
+    extra = {}
+    if embedded:
+        kinds = [
+            np.array([oracle(row["prompt"], row["response"], row["finished"]) for row in points])
+            for points in (before, after)
+        ]
+        extra = {
+            f"oracle: {text}, %": tuple(100.0 * (column == kind) for column in kinds)
+            for kind, text in ORACLE_SHARES.items()
+        }
+    lam = read_yaml_mapping(SETTINGS).get("lambda_cost", 1.0)
+    return comparison_table(before, after, lam, extra)
+
+
+def print_places(run: Path, es: Path, comparisons: Path) -> None:
+    places = {
+        "pictures": f"{run}/reward_cost_grid.png, safety_ratios.png, training_curves.png",
+        "answers with scores": f"{comparisons}/before_points.jsonl, after_points.jsonl",
+        "aligned policy": f"{es}/best (Hugging Face layout)",
+        "run folder": f"{es} (config.yaml, metrics.jsonl, journal.jsonl, tensorboard/)",
+        "scorer's log": str(run / "scorer_service.log"),
+    }
+    print()
+    for name, place in places.items():
+        print(f"{name + ':':22}{place}")
+
+
+@contextlib.contextmanager
+def scorer_service(models: Path, run: Path) -> Iterator[str]:
+    """Starts the service on a free port and yields its address; it is stopped at the end in every case."""
+    run.mkdir(parents=True, exist_ok=True)
+    address_file, log_path = run / "scorer_address.json", run / "scorer_service.log"
+    address_file.unlink(missing_ok=True)
+    environment = {
+        **os.environ,
+        "REWARD_MODEL": str(models / "reward"),
+        "COST_MODEL": str(models / "cost"),
+        "HOST": "127.0.0.1",
+        "PORT": "0",
+        "SCORER_ADDRESS_FILE": str(address_file),
+    }
+    command = [sys.executable, "alignment/scoring/scorer_service.py"]
+    with open(log_path, "w") as log:
+        # A group of its own: Ctrl-C must reach the trainer, which then still wants scores, and not the service.
+        process = start(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        deadline = time.monotonic() + SERVICE_START_LIMIT
+        while not address_file.exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise UserError(
+                    f"the scorer service did not start; its log, {log_path}, ends with: {last_line(log_path)}"
+                )
+            time.sleep(0.1)
+        url = read_json(address_file)["url"]
+        print(f"scorer service at {url}, log in {log_path}", flush=True)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def call(script: str, *arguments: object) -> None:
+    """Runs one of the project's scripts and shows its command. Ends the demo with the script's exit code if it fails."""
+    command = [script, *map(str, arguments)]
+    print(f"$ python {shlex.join(command)}", flush=True)
+    process = start([sys.executable, *command])
+    while True:
+        try:
+            code = process.wait()
+            break
+        except KeyboardInterrupt:
+            continue  # the script got it as well: it saves and says how to go on
+        except SystemExit:
+            process.terminate()
+            process.wait()
+            raise
+    if code:
+        print(f"\nthe demo stops here: {script} ended with exit code {code}", file=sys.stderr)
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def start(command: list[str], **options: object) -> subprocess.Popen:
+    """A process that gets SIGTERM when the demo dies, kill -9 included."""
+    libc = ctypes.CDLL(None)
+    return subprocess.Popen(command, preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM), **options)
+
+
+def heading(text: str) -> None:
+    print(f"\n== {text} ==", flush=True)
+
+
+def last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().split("\n")
+    return lines[-1] if lines[-1] else "(nothing)"
+
+
+def files_key(*paths: Path) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            digest.update(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return digest.hexdigest()[:8]
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,27 @@
+"""Errors that a user can act on, and the one place where they become an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, what shells and SLURM expect
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line: what (file, line, key), what was expected, what to do."""
+
+    exit_code = EXIT_USER_ERROR
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Runs a script's `main` and exits: 0 or what it returns, 2 for a UserError (one line, no trace), 130 for Ctrl-C."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)

@@ -1,0 +1,134 @@
+"""Answers of a policy, saved as they come, and their log-probability under another model.
+
+`{model}_generations.jsonl` begins with one line of settings; a line with an answer follows for each prompt. A run that was
+killed goes on after the last whole line. Batches are formed from the prompts alone, so a batch that was half saved is made
+again as it was and its missing rows are added: the file is the same as without the kill.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from alignment.errors import UserError
+from alignment.generation import Generation, TransformersEngine
+from alignment.records import JsonlWriter, read_jsonl
+
+if TYPE_CHECKING:
+    from alignment.evaluation.classify_reward_cost_unified import Config
+
+
+def generate_answers(config: Config, rows: list[dict], path: Path) -> dict:
+    """Adds response, finished, cut, num_tokens (and raw, where it differs) to every row; returns the settings it used.
+
+    Raises UserError when `path` was begun with other settings, weights or prompts.
+    """
+    engine = _engine(config, config.policy_model_path)
+    settings = {
+        "weights_hash": engine.weights_hash(),
+        "template": config.policy_template,
+        "first_turn_only": config.first_turn_only,
+        "max_new_tokens": config.policy_max_new_tokens,
+        "temperature": config.policy_temperature,
+        "top_p": config.policy_top_p,
+        "seed": config.seed,
+        "batch_size": config.policy_batch_size,
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "prompts": hashlib.sha256("\n".join(row["id"] for row in rows).encode()).hexdigest()[:16],
+    }
+    with JsonlWriter(path) as writer:
+        done = _saved_answers(path, settings)
+        if done is None:
+            writer.append(settings)
+            done = {}
+        if done:
+            print(f"{path}: {len(done)} of {len(rows)} answers are there already", flush=True)
+        # Longest first, so that what does not fit fails at once; characters need no tokenizer and never change.
+        order = sorted(range(len(rows)), key=lambda index: (-len(rows[index]["prompt"]), index))
+        bar = tqdm(total=len(rows), initial=len(done), desc="generate", unit="prompt", mininterval=1)
+        for number, start in enumerate(range(0, len(order), config.policy_batch_size)):
+            batch = [rows[index] for index in order[start : start + config.policy_batch_size]]
+            missing = [row["id"] for row in batch if row["id"] not in done]
+            if missing:
+                for row, answer in zip(batch, _generate_batch(config, engine, batch, number), strict=True):
+                    if row["id"] in missing:
+                        done[row["id"]] = _as_record(answer)
+                        writer.append({"id": row["id"]} | done[row["id"]])
+                bar.update(len(missing))
+        bar.close()
+    for row in rows:
+        row.update(done[row["id"]])
+    del engine
+    _free_gpu()  # the score models need the room
+    return settings
+
+
+def base_log_probs(config: Config, rows: list[dict]) -> dict:
+    """Adds log_prob_base, nats a token, to every row (None where a response has no token); returns what the base was."""
+    engine = _engine(config, config.base_model_path)
+    for start in tqdm(range(0, len(rows), config.policy_batch_size), desc="log-prob under base", unit="batch", mininterval=1):
+        batch = rows[start : start + config.policy_batch_size]
+        columns = [[row[key] for row in batch] for key in ("prompt", "response", "finished")]
+        for row, value in zip(batch, engine.mean_log_probs(*columns), strict=True):
+            row["log_prob_base"] = float(value) if np.isfinite(value) else None
+    base = {"model": config.base_model_path, "weights_hash": engine.weights_hash()}
+    del engine
+    _free_gpu()
+    return base
+
+
+def _engine(config: Config, path: str) -> TransformersEngine:
+    return TransformersEngine(
+        path,
+        template=config.policy_template,
+        device=config.device,
+        dtype=config.dtype,
+        first_turn_only=config.first_turn_only,
+        batch_size=config.policy_batch_size,
+    )
+
+
+def _generate_batch(config: Config, engine: TransformersEngine, batch: list[dict], number: int) -> list[Generation]:
+    seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])  # of its own, whatever ran before
+    try:
+        return engine.generate(
+            [row["prompt"] for row in batch],
+            config.policy_max_new_tokens,
+            temperature=config.policy_temperature,
+            top_p=config.policy_top_p,
+            seed=seed,
+        )
+    except UserError as error:
+        raise UserError(f"{error} (in the batch that begins with the prompt {batch[0]['prompt']!r:.60})") from error
+
+
+def _as_record(answer: Generation) -> dict:
+    record = {"response": answer.response, "finished": answer.finished, "cut": answer.cut, "num_tokens": answer.num_tokens}
+    return record | ({"raw": answer.raw} if answer.raw != answer.response else {})
+
+
+def _saved_answers(path: Path, settings: dict) -> dict[str, dict] | None:
+    """id -> answer from a file that an earlier run began; None when there is nothing yet."""
+    lines = read_jsonl(path)
+    if not lines:
+        return None
+    found, answers = lines[0], lines[1:]
+    for key, value in settings.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"{path} was generated with {key} {found.get(key)!r}, now it is {value!r}; "
+                "remove the file, or give another --model_name or --output_dir"
+            )
+    return {row["id"]: {key: value for key, value in row.items() if key != "id"} for row in answers}
+
+
+def _free_gpu() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,110 @@
+"""The rows that a classification is about: prompts of a file or data set, or prompts with their responses.
+
+Every row is a dict with prompt and id, `categories` where the data tell the prompt's harm categories, and, unless a policy
+will answer, response and finished (and raw, cut, num_tokens where the file has them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from alignment.errors import UserError
+from alignment.evaluation.points import prompt_ids
+from alignment.records import load_prompts, read_jsonl
+
+if TYPE_CHECKING:
+    from alignment.evaluation.classify_reward_cost_unified import Config
+
+DEFAULT_PROMPTS = "alignment/data/custom_eval_500.jsonl"
+CARRIED = ("finished", "raw", "cut", "num_tokens")  # what a given response may bring along
+
+
+def load_rows(config: Config) -> list[dict]:
+    """Rows in the order of the results. Raises UserError naming file and key when the data lack what is asked of them."""
+    if config.responses_from:
+        data, place = read_jsonl(config.responses_from, required=("prompt", "response")), config.responses_from
+    elif config.from_jsonl or not config.dataset_name:
+        place = config.from_jsonl or DEFAULT_PROMPTS
+        if not Path(place).exists():
+            raise UserError(f"{place} does not exist; give prompts with --from_jsonl FILE or --dataset_name NAME")
+        data = load_prompts(place)
+    else:
+        data, place = _load_dataset(config.dataset_name, config.dataset_config, config.split), config.dataset_name
+    if not data:
+        raise UserError(f"{place} has no rows; expected one prompt a row")
+    data = _sample(data, config)
+    if config.repeated_prompts == "once":
+        data = list({row["prompt"]: row for row in reversed(data)}.values())[::-1]
+    if config.policy_model_path:
+        rows = [{"prompt": row["prompt"]} | _categories(row, ("response_0", "response_1")) for row in data]
+    elif config.responses_from:
+        rows = [_given(row, place) for row in data]
+    else:
+        return _own_responses(data, place)
+    for row, name in zip(rows, prompt_ids(row["prompt"] for row in rows), strict=True):
+        row["id"] = name
+    return rows
+
+
+def _sample(data: list[dict], config: Config) -> list[dict]:
+    """`num_samples` rows drawn as published; a file that is not longer keeps its order, as published."""
+    if config.responses_from or (len(data) <= config.num_samples and not _from_hub(config)):
+        return data
+    drawn = np.random.default_rng(config.seed).choice(len(data), size=min(config.num_samples, len(data)), replace=False)
+    return [data[index] for index in drawn]
+
+
+def _from_hub(config: Config) -> bool:
+    return bool(config.dataset_name) and not config.from_jsonl
+
+
+def _given(row: dict, place: str) -> dict:
+    if not isinstance(row["prompt"], str) or not isinstance(row["response"], str):
+        raise UserError(f"{place}: prompt and response must be text, got {row['prompt']!r:.40} and {row['response']!r:.40}")
+    kept = {key: row[key] for key in CARRIED if key in row}
+    categories = {"categories": row["categories"]} if "categories" in row else _categories(row, ("response_0", "response_1"))
+    return {"prompt": row["prompt"], "response": row["response"], "finished": True} | kept | categories
+
+
+def _own_responses(data: list[dict], place: str) -> list[dict]:
+    """Both responses of every row, as published; "-r0" and "-r1" behind the id keep them apart."""
+    rows = []
+    for row, name in zip(data, prompt_ids(row["prompt"] for row in data), strict=True):
+        for key in ("response_0", "response_1"):
+            if not isinstance(row.get(key), str):
+                raise UserError(
+                    f"{place}: the prompt {row['prompt']!r:.60} has no '{key}'; give --policy_model_path to have prompts "
+                    "answered, or --responses_from for a file with prompt and response"
+                )
+            own = {"prompt": row["prompt"], "id": f"{name}-r{key[-1]}", "response": row[key], "finished": True}
+            rows.append(own | _categories(row, (key,)))
+    return rows
+
+
+def _categories(row: dict, responses: Iterable[str]) -> dict:
+    """{"categories": [...]}: harm categories that the data name for any of the responses; {} where they name none at all."""
+    tables = [row[key] for name in responses if isinstance(row.get(key := f"{name}_harm_category"), dict)]
+    if not tables:
+        return {}
+    return {"categories": sorted({category for table in tables for category, present in table.items() if present})}
+
+
+def _load_dataset(name: str, configuration: str, split: str) -> list[dict]:
+    from datasets import get_dataset_config_names, load_dataset  # slow to import, needed only here
+
+    try:
+        configurations = get_dataset_config_names(name)
+        chosen = configuration if configuration in configurations else None
+        if chosen is None and configurations != ["default"]:
+            raise UserError(f"--dataset_config {configuration}: {name} has {', '.join(configurations)}")
+        data = load_dataset(name, chosen, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--dataset_name {name}, --split {split}: {' '.join(str(error).split())}") from error
+    rows = [dict(row) for row in data]
+    if rows and "prompt" not in rows[0]:
+        raise UserError(f"--dataset_name {name} has no column 'prompt'; it has {', '.join(rows[0])}")
+    return rows

@@ -1,0 +1,63 @@
+"""One entry of a sweep file as command-line arguments: `defaults:` hold for all, each entry of `sweeps:` is one run.
+
+    defaults: {split: test, num_samples: 3036}
+    sweeps:
+      - {model_name: Alpaca-7B, policy_model_path: models/alpaca-7b}
+      - {model_name: ES-500, policy_model_path: runs/es/checkpoint-500}
+
+A SLURM array task takes the entry of its index. Keys are the flags of the script, checked like flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from alignment.config import nearest, read_yaml_mapping
+from alignment.errors import UserError
+
+
+def sweep_arguments(path: str | Path, which: str, config_class: type) -> list[str]:
+    """`--key value` for the entry of `path` that `which` names: an index from 0, or a `model_name`.
+
+    Raises UserError, which names file and entry, when there is no such entry or a key is not a setting of `config_class`.
+    """
+    content = read_yaml_mapping(path)
+    for key in content:
+        if key not in ("defaults", "sweeps"):
+            raise UserError(f"{path}: unknown key '{key}'{nearest(str(key), ('defaults', 'sweeps'))}")
+    sweeps = content.get("sweeps") or []
+    if not isinstance(sweeps, list) or not sweeps:
+        raise UserError(f"{path}: expected a list of runs under 'sweeps:', each with a model_name and its settings")
+    entry, where = _find(path, sweeps, which)
+    settings = {**_mapping(content.get("defaults") or {}, f"{path}: defaults"), **_mapping(entry, where)}
+    known = [field.name for field in dataclasses.fields(config_class) if field.name not in ("sweep", "sweep_config")]
+    arguments = []
+    for key, value in settings.items():
+        if key not in known:
+            raise UserError(f"{where}: unknown key '{key}'{nearest(str(key), known)}")
+        if isinstance(value, list | dict):
+            raise UserError(f"{where}: key '{key}': expected one value, got {value!r}")
+        text = str(value).lower() if isinstance(value, bool) else "none" if value is None else str(value)
+        arguments.append(f"--{key}={text}")
+    return arguments
+
+
+def _find(path: str | Path, sweeps: list, which: str) -> tuple[object, str]:
+    names = [str(entry.get("model_name")) if isinstance(entry, dict) else "" for entry in sweeps]
+    if which in names:
+        if names.count(which) > 1:
+            raise UserError(f"{path}: {names.count(which)} sweeps have the model_name {which}; name one by its index")
+        index = names.index(which)
+    elif which.isdecimal() and int(which) < len(sweeps):
+        index = int(which)
+    else:
+        listed = ", ".join(f"{index} {name}" for index, name in enumerate(names))
+        raise UserError(f"{path} has no sweep {which}; it has {listed}")
+    return sweeps[index], f"{path}: sweep {index} ({names[index]})"
+
+
+def _mapping(value: object, where: str) -> dict:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected 'key: value' lines, got {value!r:.60}")
+    return value

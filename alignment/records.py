@@ -1,0 +1,193 @@
+"""Files of records (JSONL), single JSON documents and arrays: whole or absent, one row one line, errors with file and line.
+
+Rows are split at b"\\n" alone. A string may hold U+2028, U+0085 or a lone surrogate: they are written as \\uXXXX escapes, so
+that neither `str.splitlines` nor an editor breaks a row in two and every file is valid UTF-8. NaN and infinities are not
+JSON: callers write None instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from alignment.errors import UserError
+
+_NEEDS_ESCAPE = re.compile("[\u0085\u2028\u2029\ud800-\udfff]")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON text, UTF-8 encodable, free of line separators inside strings. Raises ValueError for NaN and infinities."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    return _NEEDS_ESCAPE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
+
+
+def finite_or_none(value: float) -> float | None:
+    """A float for JSON: None stands for NaN and infinities."""
+    return float(value) if np.isfinite(value) else None
+
+
+def read_jsonl(path: str | Path, required: Iterable[str] = ()) -> list[dict]:
+    """All rows of a JSONL file, in order; blank lines are passed over.
+
+    Raises UserError with file and line for what is not UTF-8, not JSON, not an object, or lacks a `required` key.
+    """
+    rows = []
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); save the file as UTF-8"
+            ) from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            cut_off = number == len(lines)  # the last line has no newline behind it
+            hint = "the file ends in the middle of a row" if cut_off else "expected one JSON object a line"
+            raise UserError(f"{where}: not valid JSON ({error}); {hint}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        for key in required:
+            if key not in row:
+                raise UserError(f"{where}: the key '{key}' is missing; the row has {', '.join(row) or 'no keys'}")
+        rows.append(row)
+    return rows
+
+
+def load_prompts(path: str | Path, prompt_key: str = "prompt", limit: int | None = None) -> list[dict]:
+    """Rows of a JSONL file whose `prompt_key` holds a prompt with at least one visible character; the first `limit` of them."""
+    rows = read_jsonl(path, required=(prompt_key,))
+    if not rows:
+        raise UserError(f"{path} has no rows; expected one JSON object with the key '{prompt_key}' a line")
+    for index, row in enumerate(rows, start=1):
+        prompt = row[prompt_key]
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError(f"{path}: row {index}: '{prompt_key}' must be text that is not empty, got {prompt!r:.60}")
+    return rows[:limit]
+
+
+@contextlib.contextmanager
+def atomic_open(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Opens a temporary file beside `path`; it gets the name `path` when the block ends well and is flushed to disk first.
+
+    `mode` is "w" (UTF-8 text, "\\n" kept as it is) or "wb". Raises UserError when the place cannot be written or is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = {"encoding": "utf-8", "newline": "\n"} if "b" not in mode else {}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; nothing of it was changed") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    with atomic_open(path) as file:
+        file.write(to_json(value, indent=2) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    with atomic_open(path) as file:
+        for row in rows:
+            file.write(to_json(row) + "\n")
+
+
+def save_npy(path: str | Path, array: np.ndarray) -> None:
+    """Writes `.npy` without pickled objects."""
+    with atomic_open(path, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+class JsonlWriter:
+    """Appends rows to a JSONL file, each as one whole line that is on disk when `append` returns.
+
+    Opening heals what a killed process left: a last line without a newline is completed if it is whole JSON and dropped
+    otherwise; `dropped` then holds its bytes.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.dropped = b""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._heal()
+            self._file = open(self.path, "ab", buffering=0)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; check folder, permissions and quota") from error
+
+    def _heal(self) -> None:
+        if not self.path.exists():
+            return
+        with open(self.path, "r+b") as file:
+            content = file.read()
+            tail = content[content.rfind(b"\n") + 1 :]
+            if not tail:
+                return
+            try:
+                json.loads(tail)
+                file.write(b"\n")
+            except ValueError:
+                self.dropped = tail
+                file.truncate(len(content) - len(tail))
+
+    def append(self, row: dict) -> None:
+        line = (to_json(row) + "\n").encode("utf-8")
+        try:
+            start = self._file.tell()
+            if self._file.write(line) != len(line):
+                self._file.truncate(start)
+                raise OSError(28, "no space left on the device")
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"cannot append to {self.path}: {error.strerror}; what was written before is whole"
+            ) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> JsonlWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,105 @@
+"""How every figure looks: sizes for a paper's column, colours, and how a figure is written.
+
+Colours are of the Okabe-Ito set and its neighbours, told apart by readers with any colour vision. A published model has the
+same colour in every figure, and families share a hue (Alpaca grey, Beaver blue, ES orange, GRPO green); other names take the
+remaining colours in the order in which they are given. Texts are drawn as they are: `$` and `_` in a model's name mean
+nothing (`text.parse_math` is off). The same data give the same file, byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg", force=False)  # no display on a cluster node; a notebook's own backend, chosen before, stays
+
+from matplotlib.figure import Figure
+
+from alignment.errors import UserError
+from alignment.records import atomic_open
+
+COLUMN_WIDTH, PAGE_WIDTH = 3.4, 7.0  # inches: one and two columns of a conference paper
+MAX_NAME = 34  # characters of a name that fit over a panel
+
+MODEL_COLOURS = {
+    "Alpaca-7B": "#6b6b6b",
+    "Beaver-V1": "#7fb8dd",
+    "Beaver-V2": "#2f86c1",
+    "Beaver-V3": "#0b4a7d",
+    "ES-100": "#e69f00",
+    "ES-500": "#c8500a",
+    "GRPO": "#009e73",
+}
+OTHER_COLOURS = ("#cc79a7", "#009e73", "#e69f00", "#0072b2", "#d55e00", "#56b4e9", "#8f6bb1", "#7a5c2e")
+
+# backgrounds of the quadrants: safe blue-green, unsafe orange-red, the helpful half stronger
+QUADRANT_SHADES = {"SH": "#d7ede4", "SU": "#eef6f8", "UH": "#fbe3d0", "UU": "#fdf3ec"}
+QUADRANT_NAMES = {"SH": "safe, helpful", "SU": "safe, unhelpful", "UH": "unsafe, helpful", "UU": "unsafe, unhelpful"}
+
+_SETTINGS = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so a figure looks the same on every machine
+    "font.size": 7.5,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.2,
+    "text.parse_math": False,
+    "axes.unicode_minus": True,
+    "savefig.dpi": 300,
+    "figure.dpi": 150,
+    "pdf.fonttype": 42,  # text in a PDF stays text
+}
+
+
+def paper_style() -> AbstractContextManager:
+    """The settings of all figures, for the length of a `with` block: nothing global is changed."""
+    return matplotlib.rc_context(_SETTINGS)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches, laid out so that nothing overlaps or is cut off."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def model_colours(names: Sequence[str]) -> dict[str, str]:
+    """name -> colour. Beyond the number of free colours they repeat; every figure names its models in text as well."""
+    free = [colour for colour in OTHER_COLOURS if colour not in {MODEL_COLOURS.get(name) for name in names}]
+    colours: dict[str, str] = {}
+    for name in names:
+        if name in MODEL_COLOURS:
+            colours[name] = MODEL_COLOURS[name]
+        elif name not in colours:
+            taken = sum(other not in MODEL_COLOURS for other in colours)
+            colours[name] = free[taken % len(free)]
+    return colours
+
+
+def short_name(name: str, length: int = MAX_NAME) -> str:
+    """A name on one line; the middle of a long one gives way, since beginnings and ends tell checkpoints apart."""
+    name = " ".join(name.split())
+    if len(name) <= length:
+        return name
+    end = (length - 1) // 2
+    return name[: length - 1 - end] + "…" + name[-end:]
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Writes a PNG or a PDF, by the ending of `path`, whole or not at all. Raises UserError for another ending."""
+    path = Path(path)
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in ("png", "pdf"):
+        raise UserError(f"{path}: a figure's name must end in .png or .pdf")
+    metadata = {"CreationDate": None} if kind == "pdf" else {}  # the only thing that would differ from run to run
+    with paper_style(), atomic_open(path, "wb") as file:
+        figure.savefig(file, format=kind, metadata=metadata)

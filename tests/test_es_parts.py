@@ -1,0 +1,146 @@
+"""The pieces of an ES step against naive oracles and the published scripts' results."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from alignment.ES.fitness import FitnessRule, z_scores
+from alignment.ES.noise import member_seed, noise
+from alignment.ES.prompts import iteration_prompts
+from alignment.ES.weights import MasterWeights
+
+
+def test_published_fitness(goldens):
+    golden = json.loads((goldens / "lambda" / "lambda.json").read_text())["es_fitness"]
+    for case in golden["cases"]:
+        rule = FitnessRule(
+            standardize="reference" if case["standardize_within_batch"] else "none",
+            safe_first=case["safe_first"],
+            safe_first_factor=case["safe_first_factor"],
+        )
+        fitness = rule.member_fitness(np.array([golden["rewards"]]), np.array([golden["costs"]]), golden["lambda"])
+        assert fitness == pytest.approx([case["mean_combined"]], rel=1e-6)
+
+
+def test_published_z_scores(goldens):
+    golden = json.loads((goldens / "es" / "es_worker.json").read_text())["update"]
+    assert z_scores(golden["mean_combined"]) == pytest.approx(golden["norm_reward"], rel=1e-12)
+
+
+def test_fitness_is_the_mean_of_the_combined_scores():
+    rng = np.random.default_rng(0)
+    rewards, costs = rng.normal(size=(5, 7)), rng.normal(size=(5, 7))
+    fitness = FitnessRule(safe_first=True, safe_first_factor=0.3).member_fitness(rewards, costs, 1.7)
+    for i in range(5):
+        total = 0.0
+        for r, c in zip(rewards[i], costs[i], strict=True):
+            total += (0.3 * r if c > 0 else r) - 1.7 * c
+        assert fitness[i] == pytest.approx(total / 7)
+
+
+def test_standardising_by_the_population_keeps_members_in_order():
+    """A member whose scores are all higher must not lose by its spread, as it can under the published rule."""
+    rewards = np.array([[1.0, 1.1, 0.9], [9.0, 1.0, 2.0]])
+    costs = np.array([[-1.0, 0.0, 1.0], [-1.0, 0.0, 1.0]])
+    population = FitnessRule("population").member_fitness(rewards, costs, 1.0)
+    reference = FitnessRule("reference").member_fitness(rewards, costs, 1.0)
+    assert population[1] > population[0]
+    assert reference[1] < reference[0]
+
+
+@pytest.mark.parametrize("fitness", [[1.5] * 4, [3.0], [0.1 + 0.2, 0.3, 0.3], [0.0, 0.0]])
+def test_equal_members_give_no_step(fitness):
+    assert z_scores(np.array(fitness)).tolist() == [0.0] * len(fitness)
+
+
+def test_noise_is_standard_normal_and_independent_between_parameters_and_members():
+    shape = torch.Size([200, 500])
+    first = noise(1, "a", shape)
+    assert first.dtype == torch.float32
+    values = first.double().flatten()
+    n = values.numel()
+    assert abs(values.mean()) < 4 / n**0.5
+    assert abs(values.var() - 1) < 4 * (2 / n) ** 0.5
+    assert abs((values**4).mean() - 3) < 4 * (96 / n) ** 0.5
+    for other in (noise(1, "b", shape), noise(2, "a", shape), noise(1, "a", torch.Size([500, 200])).reshape(200, 500)):
+        if torch.equal(other, first):
+            continue  # the same name and number of values: the same stream in another shape
+        assert abs((first * other).double().mean()) < 4 / n**0.5
+    assert torch.equal(first, noise(1, "a", shape))
+
+
+def test_no_seed_comes_twice_in_a_run():
+    seeds = {member_seed(42, iteration, member) for iteration in range(500) for member in range(30)}
+    assert len(seeds) == 500 * 30
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert member_seed(43, 0, 0) not in seeds
+
+
+@pytest.mark.parametrize(("num_prompts", "batch_size"), [(250, 64), (10, 10), (7, 3), (5, 64), (1, 1)])
+def test_every_pass_uses_every_prompt_at_most_once(num_prompts, batch_size):
+    size = min(num_prompts, batch_size)
+    batches = num_prompts // size
+    seen = []
+    for epoch in range(3):
+        used = []
+        for place in range(batches):
+            batch = iteration_prompts(num_prompts, batch_size, 1, epoch * batches + place)
+            assert len(batch) == len(set(batch)) == size
+            used += batch
+        assert len(used) == len(set(used))
+        seen.append(used)
+    if num_prompts > 2:
+        assert seen[0] != seen[1] != seen[2]
+
+
+@pytest.fixture
+def weights():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (64, 32), "b": (64, 32), "c": (7,)}
+    engine = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return engine, MasterWeights(engine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_thousand_members_leave_no_trace(weights, dtype):
+    engine = {name: tensor.to(dtype) for name, tensor in weights[0].items()}
+    before = {name: tensor.clone() for name, tensor in engine.items()}
+    master = MasterWeights(engine)
+    for seed in range(1000):
+        master.perturb(seed, 0.001)
+    master.restore()
+    assert all(torch.equal(engine[name], before[name]) for name in engine)
+
+
+def test_a_member_is_master_plus_scaled_noise(weights):
+    engine, master = weights
+    master.perturb(5, 0.1)
+    for name, tensor in engine.items():
+        wanted = master.master[name].double() + 0.1 * noise(5, name, tensor.shape).double()
+        assert torch.allclose(tensor.double(), wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_the_step_is_the_exact_sum(weights):
+    engine, master = weights
+    before = {name: tensor.double().clone() for name, tensor in master.master.items()}
+    seeds = [member_seed(0, 0, member) for member in range(30)]
+    coefficients = (0.0005 / 30 * np.random.default_rng(0).normal(size=30)).tolist()
+    untouched = {name: tensor.clone() for name, tensor in engine.items()}
+    master.step(seeds, coefficients)
+    wanted, got = [], []
+    for name, tensor in master.master.items():
+        exact = sum(c * noise(seed, name, tensor.shape).double() for seed, c in zip(seeds, coefficients, strict=True))
+        wanted.append(exact.flatten())
+        got.append((tensor.double() - before[name]).flatten())
+        assert torch.equal(engine[name], untouched[name])
+    wanted, got = torch.cat(wanted), torch.cat(got)
+    assert torch.nn.functional.cosine_similarity(wanted, got, dim=0) > 0.9999
+
+
+def test_a_step_of_zeros_changes_no_bit(weights):
+    _, master = weights
+    before = master.hash()
+    master.step([1, 2], [0.0, 0.0])
+    assert master.hash() == before

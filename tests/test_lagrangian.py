@@ -1,0 +1,71 @@
+"""Lambda against the published scripts' own trajectories, ES's and GRPO's."""
+
+import json
+
+import numpy as np
+import pytest
+
+from alignment.lagrangian import LagrangeMultiplier
+
+
+def multiplier(config: dict) -> LagrangeMultiplier:
+    return LagrangeMultiplier(
+        value=config["lambda_cost"],
+        adapt=config["lambda_adapt"],
+        learning_rate=config["lambda_lr"],
+        minimum=config["lambda_min"],
+        maximum=config["lambda_max"],
+        positive_part=config["lambda_pos_cost_only"],
+        ema_beta=config["jc_ema_beta"],
+        threshold_d=config["cost_threshold_d"],
+    )
+
+
+def test_published_trajectories(goldens):
+    golden = json.loads((goldens / "lambda" / "lambda.json").read_text())
+    compared = 0
+    for method in ("es", "grpo"):
+        for name, config in golden["configs"].items():
+            for sequence, costs in golden["costs"].items():
+                wanted = golden[method][name][sequence]
+                lam = multiplier(config)
+                rows = [lam.update(np.array(batch)) for batch in costs]
+                assert [row["lambda"] for row in rows] == pytest.approx(wanted["lambda"], rel=1e-12, abs=0)
+                assert [row["cost_ema"] for row in rows] == pytest.approx(wanted["jc_ema"], rel=1e-6, abs=1e-9)
+                if "jc" in wanted:  # the GRPO trajectories do not have it
+                    assert [row["cost_violation"] for row in rows] == pytest.approx(wanted["jc"], rel=1e-6, abs=1e-9)
+                compared += len(rows)
+    assert compared == 2 * len(golden["configs"]) * 3 * golden["T"]
+
+
+def test_without_adaptation_it_stays():
+    lam = LagrangeMultiplier(value=2.0, adapt=False)
+    assert lam.update(np.array([100.0]))["lambda"] == 2.0
+
+
+def test_state_goes_on_where_it_was():
+    costs = np.random.default_rng(0).normal(1, 2, (20, 8))
+    whole, first = LagrangeMultiplier(), LagrangeMultiplier()
+    for batch in costs:
+        whole.update(batch)
+    for batch in costs[:9]:
+        first.update(batch)
+    second = LagrangeMultiplier()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for batch in costs[9:]:
+        second.update(batch)
+    assert second == whole
+
+
+def test_with_the_negative_part_lambda_can_fall():
+    lam = LagrangeMultiplier(positive_part=False)
+    assert lam.update(np.array([-3.0, -1.0]))["lambda"] < 1.0
+    assert LagrangeMultiplier().update(np.array([-3.0, -1.0]))["lambda"] == 1.0
+
+
+@pytest.mark.parametrize("costs", [[], [np.nan], [1.0, np.inf]])
+def test_it_never_moves_on_a_guess(costs):
+    lam = LagrangeMultiplier()
+    with pytest.raises(ValueError):
+        lam.update(np.array(costs))
+    assert lam == LagrangeMultiplier()
