@@ -24,12 +24,16 @@ def goldens() -> Path:
 
 
 def make_tokenizer(folder: Path) -> int:
-    """Saves a byte tokenizer in LLaMA's style (<unk> 0, <s> 1, </s> 2, <pad> 3, then 256 bytes); returns the vocabulary size."""
+    """Saves a tokenizer in LLaMA's style: <unk> 0, <s> 1, </s> 2, <pad> 3, 256 bytes, and each printable ASCII character.
+
+    Returns the vocabulary size.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {name: index for index, name in enumerate(["<unk>", "<s>", "</s>", "<pad>"])}
     vocabulary |= {f"<0x{byte:02X}>": 4 + byte for byte in range(256)}
+    vocabulary |= {character: 260 + index for index, character in enumerate(["▁", *map(chr, range(33, 127))])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(

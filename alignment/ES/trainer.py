@@ -44,6 +44,10 @@ UNPERTURBED = -1  # the member number of theta itself, which lambda and the trai
 MAX_MISSING_SHARE = 0.05
 
 
+class _StoppedWaiting(Exception):
+    """A signal came while a scoring thread waited for a scorer that is away."""
+
+
 class ESTrainer:
     """Owns a run folder. `train` and `held_out` are rows with the prompt under `settings.prompt_key`."""
 
@@ -79,6 +83,7 @@ class ESTrainer:
 
     def run(self, stop: StopSignal) -> bool:
         """Trains to the end, or until a signal came; returns whether the run is finished. State is on disk either way."""
+        self.stop = stop
         deciding = {
             **self.settings.deciding(),
             "device": self.engine.device.type,
@@ -103,28 +108,31 @@ class ESTrainer:
                 tqdm(total=self.settings.num_iterations, initial=first, unit="step", file=sys.stdout) as self.bar,
             ):
                 self.scorer.on_wait = self._show_waiting
-                return self._loop(stop)
+                return self._loop()
         finally:
             self.weights.restore()
             self.metrics.close()
             self.journal.close()
 
-    def _loop(self, stop: StopSignal) -> bool:
+    def _loop(self) -> bool:
         s = self.settings
         while True:
             t = self.journal.iteration
             last = t >= s.num_iterations
             if (t % s.eval_every == 0 or last) and t not in self.evaluated:
-                self._evaluate(t)
+                try:
+                    self._evaluate(t)
+                except _StoppedWaiting:
+                    return False
             if t > 0 and (t % s.save_every == 0 or last):
                 self._save_checkpoint(t)
             if last:
                 self._save_model(self.folder / "final", t)
                 return True
-            if not self._iterate(t, stop):
+            if not self._iterate(t):
                 return False
 
-    def _iterate(self, t: int, stop: StopSignal) -> bool:
+    def _iterate(self, t: int) -> bool:
         """Iteration t: scores of theta and of all members, then the step. False when a signal came before the step."""
         s = self.settings
         started = time.perf_counter()
@@ -138,7 +146,7 @@ class ESTrainer:
         for member in (UNPERTURBED, *range(s.population_size)):
             if member in done:
                 continue
-            if stop:
+            if self.stop:
                 break
             self.bar.set_description(f"ES member {member + 1}/{s.population_size}")
             before = time.perf_counter()
@@ -151,11 +159,14 @@ class ESTrainer:
             seconds["perturb"] += between - before
             seconds["generate"] += time.perf_counter() - between
             pending.append((member, self.pool.submit(self._score_member, t, member, prompts, generations)))
-            while pending and pending[0][1].done():
+            while pending and pending[0][1].done() and not self.stop:
                 self._keep(done, *pending.pop(0))
         waiting = time.perf_counter()
-        for member, future in pending:
-            self._keep(done, member, future)
+        try:
+            for member, future in pending:
+                self._keep(done, member, future)
+        except _StoppedWaiting:
+            return False
         seconds["wait_for_scores"] = time.perf_counter() - waiting
         self.weights.restore()
         if len(done) <= s.population_size:  # a signal: theta and all members would be one more
@@ -348,6 +359,8 @@ class ESTrainer:
         )
 
     def _show_waiting(self, seconds: float) -> None:
+        if self.stop:
+            raise _StoppedWaiting
         self.bar.set_description(f"waiting for the scorer, {seconds / 60:.0f} min")
 
 

@@ -57,7 +57,7 @@ UNK, BOS, EOS, FIRST_BYTE = 0, 1, 2, 3
 class Recipe:
     """Everything the models depend on besides seed, code and versions."""
 
-    vocabulary: int = 1600
+    vocabulary: int = 2400
     init_std: float = 0.06
     policy_hidden: int = 128
     policy_layers: int = 2
@@ -77,7 +77,7 @@ class Recipe:
 
 
 # How often the policy's training answers are SH, SU, UH, UU: most harm categories are answered carelessly, every sixth well.
-MIX_CARELESS = (0.27, 0.06, 0.60, 0.07)
+MIX_CARELESS = (0.24, 0.06, 0.64, 0.06)
 MIX_CAREFUL = (0.66, 0.14, 0.14, 0.06)
 MIX_HARMLESS = (0.84, 0.04, 0.08, 0.04)
 

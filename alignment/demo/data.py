@@ -105,6 +105,12 @@ def _sentence(rng: random.Random, opener: str, steps: list[str], closing: str) -
     return f"{opener} {rng.choice(JOINS).join(steps)}. {closing}".strip()
 
 
+def _two_steps(rng: random.Random, steps: list[str]) -> list[str]:
+    """A step that opens an answer and one that goes on."""
+    half = len(steps) // 2
+    return [rng.choice(steps[:half]), rng.choice(steps[half:])]
+
+
 def write_answer(rng: random.Random, prompt: Prompt, kind: str, cross: float = 0.0) -> Answer:
     """A clean answer of one of the four kinds. With probability `cross` opener and closing come from another kind's list (a
     closing that hides or praises harm never stands in a safe answer), so that only the steps tell what an answer is."""
@@ -114,17 +120,17 @@ def write_answer(rng: random.Random, prompt: Prompt, kind: str, cross: float = 0
     ending = rng.choice(("careful", "harmless") if kind == "SH" else list(CLOSINGS)) if rng.random() < cross else style
     opener, closing = rng.choice(OPENERS[opening]), rng.choice(CLOSINGS[ending])
     if kind == "SH":
-        steps = rng.sample(topic.safe, 2)
+        steps = _two_steps(rng, topic.safe)
         return Answer(_sentence(rng, opener, steps, closing), kind, (), 0, 1.0, 0.0)
     if kind == "SU":
         return Answer(rng.choice(REFUSALS).format(prompt.task), kind, (), 0, -1.0, 0.0)
     if kind == "UH":
         if topic.harmful:
-            steps, harm, severity = rng.sample(topic.unsafe, 2), topic.name, rng.choice((2, 2, 3))
+            steps, harm, severity = _two_steps(rng, topic.unsafe), topic.name, rng.choice((2, 2, 3))
         else:
-            steps, harm, severity = [rng.choice(topic.safe), rng.choice(topic.unsafe)], "Physical Harm", 1
+            steps, harm, severity = [_two_steps(rng, topic.safe)[0], rng.choice(topic.unsafe)], "Physical Harm", 1
         text = _sentence(rng, opener, steps, closing)
-        return Answer(text, kind, (harm,), severity, 1.1 if topic.harmful else 0.6, severity)
+        return Answer(text, kind, (harm,), severity, 1.0 if topic.harmful else 0.6, severity)
     harm = topic.name if topic.harmful else "Insulting Behavior"
     text = rng.choice(RUDE["harmful" if topic.harmful else "harmless"]).format(prompt.task)
     severity = rng.choice((1, 1, 2))
@@ -137,11 +143,15 @@ def break_answer(rng: random.Random, prompt: Prompt, clean: Answer, how: str) ->
     topic, words = TOPICS[prompt.topic], clean.text.split()
     harms, severity = clean.harms, clean.severity
     if how == "repeat":
+        step = rng.choice(topic.unsafe if harms and topic.harmful else topic.safe)
         start = rng.randrange(len(words))
         loop = words[start : start + rng.randint(1, 5)]
         text = " ".join(words[:start] + loop * rng.randint(2, 5))
         if rng.random() < 0.5:
             text += " " + " ".join(words[start + len(loop) :])
+        if rng.random() < 0.6:  # a whole step twice
+            style = rng.choice(list(OPENERS))
+            text = _sentence(rng, rng.choice(OPENERS[style]), [step, step], rng.choice(CLOSINGS["careful"]))
     elif how == "shuffle":
         start = rng.randrange(max(1, len(words) - 4))
         end = rng.randint(min(len(words), start + 4), len(words))

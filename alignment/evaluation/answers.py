@@ -45,7 +45,7 @@ def generate_answers(config: Config, rows: list[dict], path: Path) -> dict:
     with JsonlWriter(path) as writer:
         done = _saved_answers(path, settings)
         if done is None:
-            writer.append(settings)
+            writer.append({"policy_model_path": config.policy_model_path} | settings)
             done = {}
         if done:
             print(f"{path}: {len(done)} of {len(rows)} answers are there already", flush=True)

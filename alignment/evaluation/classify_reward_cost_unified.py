@@ -38,6 +38,7 @@ from alignment.evaluation.sweeps import sweep_arguments
 from alignment.objective import quadrant_labels, quadrant_summary
 from alignment.records import read_json, save_npy, write_json, write_jsonl
 from alignment.scoring.client import ScorerClient, Scores
+from alignment.scoring.local_scorer import LocalScorer
 from alignment.visualization.plot_reward_cost_grid import draw_grid
 from alignment.visualization.style import save_figure
 
@@ -50,7 +51,7 @@ class Config:
     reward_model: str = setting("PKU-Alignment/beaver-7b-unified-reward", "reward model folder or hub name")
     cost_model: str = setting("PKU-Alignment/beaver-7b-unified-cost", "cost model folder or hub name")
     scorer_url: str | None = setting(None, "score through the service there instead of loading the two models")
-    scorer_batch_size: int = setting(32, "texts in one scoring batch", minimum=1)
+    scorer_batch_size: int = setting(32, "texts in one request to the service", minimum=1)
     scorer_template: str = setting("pku", "conversation format of the score models when they are loaded here")
     max_length: int = setting(576, "tokens a score model sees when it is loaded here; the tail beyond is lost", minimum=8)
     bf16: bool = setting(False, "models in bfloat16 (default: bfloat16 on CUDA, float32 on a CPU)")
@@ -154,7 +155,6 @@ def open_scorer(config: Config):
         max_length=config.max_length,
         device=config.device,
         dtype=config.dtype,
-        batch_size=config.scorer_batch_size,
     )
 
 
@@ -163,7 +163,7 @@ def add_scores(rows: list[dict], scorer, batch_size: int) -> None:
 
     Raises UserError when more than 5 % of the rows have no score.
     """
-    step = 8 * batch_size  # several batches a call: the scorer can sort them by length, and the bar moves
+    step = 8 * batch_size  # several batches a call: the scorer sorts them by length
     with tqdm(total=len(rows), desc="score", unit="row", mininterval=1) as bar:
         for start in range(0, len(rows), step):
             batch = rows[start : start + step]
@@ -204,8 +204,8 @@ def write_results(config: Config, rows: list[dict], made_with: dict) -> None:
         "used_vllm": False,
         "policy_vllm_ckpt": "",
         "dataset_split": config.split,
-        "reward_model": made_with["scorer"].get("reward_model", config.reward_model),
-        "cost_model": made_with["scorer"].get("cost_model", config.cost_model),
+        "reward_model": made_with["scorer"]["reward_model"]["name"],
+        "cost_model": made_with["scorer"]["cost_model"]["name"],
         "model_name": config.name,
         "source": config.source,
         "missing_scores": int(np.sum(~scored)),

@@ -27,9 +27,7 @@ from alignment.evaluation.measures import estimate_means, paired_differences, pr
 from alignment.evaluation.points import DEFAULT_FOLDER, model_file, model_name_of, read_points, read_summary
 from alignment.objective import QUADRANTS
 from alignment.records import atomic_open, write_json
-
-# What a score does not depend on, so that two files may differ in it
-NOT_COMPARED = ("device", "url", "status", "batch_size", "versions")
+from alignment.scoring.client import difference
 
 
 @dataclass
@@ -155,24 +153,28 @@ def category_differences(rows_a: Sequence[dict], rows_b: Sequence[dict], **boots
 
 def require_same_scorer(paths: Sequence[Path]) -> None:
     """Raises UserError, which names both settings, when two files were not scored alike; says so when one does not tell."""
-    known = [(path, found) for path in paths if (found := scorer_of(path))]
+    known = []
     for path in paths:
-        if not any(path == other for other, _ in known):
+        scorer = scorer_of(path)
+        if scorer is None:
             print(f"note: no summary beside {path}, so its scorer is not known", file=sys.stderr)
-    for path, found in known[1:]:
+        else:
+            known.append((path, scorer))
+    for path, scorer in known[1:]:
         first_path, first = known[0]
-        shared = sorted(first.keys() & found.keys())
-        different = [key for key in shared if first[key] != found[key]]
-        if different:
-            settings = "; ".join(f"{key}: {first[key]!r} and {found[key]!r}" for key in different)
-            raise UserError(f"{first_path} and {path} were scored differently ({settings}); score both alike to compare them")
+        if scorer != first:
+            raise UserError(
+                f"{first_path} and {path} were scored differently: {difference(first, scorer)}. Score one again as the other "
+                "to compare them (classify_reward_cost_unified.py --responses_from)"
+            )
 
 
-def scorer_of(points_path: Path) -> dict:
+def scorer_of(points_path: Path) -> dict | None:
     """What made the scores of a points file, by the summary beside it; published summaries name the two models only."""
-    summary = read_summary(points_path) or {}
-    scorer = summary.get("scorer") or {key: summary[key] for key in ("reward_model", "cost_model") if key in summary}
-    return {key: value for key, value in scorer.items() if key not in NOT_COMPARED}
+    summary = read_summary(points_path)
+    if summary is None:
+        return None
+    return summary.get("scorer") or {key: {"name": summary.get(key)} for key in ("reward_model", "cost_model")}
 
 
 def format_table(table: Sequence[dict], before: str = "before", after: str = "after") -> str:

@@ -38,7 +38,10 @@ def load_rows(config: Config) -> list[dict]:
         raise UserError(f"{place} has no rows; expected one prompt a row")
     data = _sample(data, config)
     if config.repeated_prompts == "once":
-        data = list({row["prompt"]: row for row in reversed(data)}.values())[::-1]
+        first: dict[str, dict] = {}
+        for row in data:
+            first.setdefault(row["prompt"], row)
+        data = list(first.values())
     if config.policy_model_path:
         rows = [{"prompt": row["prompt"]} | _categories(row, ("response_0", "response_1")) for row in data]
     elif config.responses_from:
@@ -65,7 +68,9 @@ def _from_hub(config: Config) -> bool:
 def _given(row: dict, place: str) -> dict:
     if not isinstance(row["prompt"], str) or not isinstance(row["response"], str):
         raise UserError(f"{place}: prompt and response must be text, got {row['prompt']!r:.40} and {row['response']!r:.40}")
-    kept = {key: row[key] for key in CARRIED if key in row}
+    kept = {key: row[key] for key in CARRIED if row.get(key) is not None}
+    if not isinstance(kept.get("finished", True), bool):
+        raise UserError(f"{place}: 'finished' must be true or false, got {kept['finished']!r:.40} ({row['prompt']!r:.40})")
     categories = {"categories": row["categories"]} if "categories" in row else _categories(row, ("response_0", "response_1"))
     return {"prompt": row["prompt"], "response": row["response"], "finished": True} | kept | categories
 
@@ -94,8 +99,10 @@ def _categories(row: dict, responses: Iterable[str]) -> dict:
 
 
 def _load_dataset(name: str, configuration: str, split: str) -> list[dict]:
-    from datasets import get_dataset_config_names, load_dataset  # slow to import, needed only here
-
+    try:
+        from datasets import get_dataset_config_names, load_dataset  # slow to import, needed only here
+    except ImportError as error:
+        raise UserError("--dataset_name needs the package datasets: pip install datasets, or give --from_jsonl") from error
     try:
         configurations = get_dataset_config_names(name)
         chosen = configuration if configuration in configurations else None

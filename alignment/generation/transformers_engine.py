@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from alignment.conversation import get_template, load_tokenizer
 from alignment.errors import UserError
@@ -47,6 +48,7 @@ class TransformersEngine:
         first_turn_only: bool = True,
         batch_size: int = 64,
     ):
+        logging.disable_progress_bar()  # the scripts' own bar is the only one
         self.device = torch.device(device)
         if dtype == "auto":
             dtype = "float32" if self.device.type == "cpu" else "bfloat16"
@@ -121,7 +123,8 @@ class TransformersEngine:
         # A SentencePiece decoder drops the space that a text begins with, so a response decoded alone would lose its own:
         # decode it behind the end of the prompt and take what was added.
         before = self._decode(prompt[-_CONTEXT_TOKENS:])
-        raw = self._decode(prompt[-_CONTEXT_TOKENS:] + own)[len(before) :]
+        whole = self._decode(prompt[-_CONTEXT_TOKENS:] + own)
+        raw = whole[len(before) :] if whole.startswith(before) else self._decode(own)
         response, cut = self.template.cut_first_turn(raw) if self.first_turn_only else (raw, False)
         return Generation(raw=raw, response=response, finished=ended or cut, cut=cut, num_tokens=len(own))
 

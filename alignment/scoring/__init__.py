@@ -1,0 +1,1 @@
+"""Score models, the scorer service and its client."""

@@ -8,7 +8,7 @@ so that the same row rounds differently at another place or beside another numbe
 a third of texts, up to 5e-7 in float32, far more in half precision).
 Deterministic mode takes that away and still batches:
 - a text is padded to a multiple of 16 tokens, a width that follows from its own length only;
-- a width is run with 1, 4 or 16 rows and nothing else;
+- a width is run with 1, 2, 4, 8 or 16 rows and nothing else;
 - before a width is used, one text is put in every row of each of these sizes: a size is kept only if all rows, at all
   positions, have the bits of the same reference row. Rows do not mix in a forward pass, so place and number of rows are
   all that could matter. Where nothing passes, and for models of other classes, every text has a forward of its own.
@@ -26,7 +26,9 @@ import torch
 from alignment.scoring.score_model import ScoreModel
 
 WIDTH_STEP = 16
-ROWS = (16, 4, 1)  # largest first
+ROWS = (16, 8, 4, 2, 1)  # largest first
+# A forward pass of a tiny model costs as much as four more rows: a batch is filled up rather than split for less.
+ROWS_TO_FILL = 3
 TOKENS_PER_BATCH = 16384
 # A larger model keeps every core of a CPU busy with one text: batches would gain nothing, the check would cost minutes.
 LARGE_ON_CPU = 50_000_000
@@ -80,7 +82,7 @@ class BatchScorer:
         for width, group in by_width.items():
             sizes = self.rows_for(width)
             while group:
-                rows = next((size for size in sizes if size <= len(group)), sizes[-1])
+                rows = rows_to_run(len(group), sizes)
                 batch, group = group[:rows], group[rows:]
                 yield batch, width, rows
 
@@ -91,6 +93,7 @@ class BatchScorer:
         lengths = torch.tensor([len(text) for text in filled], device=self.device)  # (rows,)
         return self.model(ids, lengths)[: len(batch)].tolist()
 
+    @torch.inference_mode()
     def _check_rows(self, width: int) -> tuple[int, ...]:
         generator = torch.Generator().manual_seed(width)
         text = torch.randint(self.model.config.vocab_size, (1, width), generator=generator).to(self.device)
@@ -105,3 +108,9 @@ class BatchScorer:
         )
         # Not even the largest batch agrees with itself: only a forward of its own is safe.
         return kept if ROWS[0] in kept else (1,)
+
+
+def rows_to_run(waiting: int, sizes: tuple[int, ...]) -> int:
+    """Which of `sizes` (largest first) to run next for `waiting` texts: one to fill up, or the largest one they fill."""
+    fillable = [size for size in sizes if waiting <= size <= waiting + ROWS_TO_FILL]
+    return fillable[-1] if fillable else next((size for size in sizes if size <= waiting), sizes[-1])

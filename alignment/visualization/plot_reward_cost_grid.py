@@ -73,10 +73,10 @@ def draw_grid(models: Sequence[ModelScores], xlim: Sequence[float] | None = None
     colours = model_colours([model.name for model in models])
     with paper_style():
         figure = new_figure(width, rows * width / columns * 0.95 + 0.2)
-        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for panel, model in zip(panels, models, strict=False):
             draw_panel(panel, model, colours[model.name], xlim, ylim)
-        for panel in list(panels)[len(models) :]:
+        for panel in panels[len(models) :]:
             panel.set_visible(False)
         figure.supxlabel("cost  (safe: 0 and below)      \N{BLACK DIAMOND} mean", fontsize=8)
         figure.supylabel("reward  (helpful: above 0)", fontsize=8)

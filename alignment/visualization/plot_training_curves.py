@@ -84,28 +84,28 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
     colours = model_colours([run.name for run in runs])
     with paper_style():
         figure = new_figure(PAGE_WIDTH, 3.9)
-        axes = figure.subplots(2, 3, sharex=True).flat
+        axes = figure.subplots(2, 3, sharex=True).ravel()
         for panel, (key, title) in zip(axes, PANELS.items(), strict=False):
             panel.set_title(title, loc="left")
             for run in runs:
                 _draw_run(panel, run, key, colours[run.name])
             _finish(panel, key)
-        for panel in list(axes)[3:5]:
-            panel.set_xlabel("iteration")
-        axes[2].tick_params(labelbottom=True)  # nothing stands below it but the names
-        axes[2].set_xlabel("iteration")
+        figure.supxlabel("iteration", fontsize=8)
+        axes[2].tick_params(labelbottom=True)  # below it are the names, not another axis
         axes[5].axis("off")
         keys = [Line2D([], [], color=colours[run.name], linewidth=2, label=short_name(run.name)) for run in runs]
-        keys.append(Line2D([], [], color="#777777", linewidth=0.8, alpha=0.7, label="training prompts"))
+        keys.append(Line2D([], [], color="#777777", linewidth=0.7, alpha=0.45, label="training prompts"))
         keys.append(Line2D([], [], color="#777777", marker="o", markersize=3, label="held out, 95 % interval"))
         axes[5].legend(handles=keys, loc="center left")
     return figure
 
 
 def _draw_run(panel: Axes, run: Run, key: str, colour: str) -> None:
+    alone = key == "lambda"  # it is one number and not measured on prompts: training's rows have all of it
     if run.train:
-        panel.plot(*_columns(run.train, "iteration", key), color=colour, linewidth=0.8, alpha=0.7)
-    if run.eval and key != "lambda":  # lambda is one number, training's rows have all of it
+        steps, values = _columns(run.train, "iteration", key)
+        panel.plot(steps, values, color=colour, linewidth=1.2 if alone else 0.7, alpha=1.0 if alone else 0.45)
+    if run.eval and not alone:
         steps, middle, low, high = _columns(run.eval, "iteration", key, f"{key}_low", f"{key}_high")
         panel.plot(steps, middle, color=colour, marker="o", markersize=3)
         panel.vlines(steps, low, high, color=colour, linewidth=1.0)

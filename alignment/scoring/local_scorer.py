@@ -1,0 +1,241 @@
+"""Both score models in this process: what the service runs, and what evaluation uses without a service.
+
+    scorer = LocalScorer("path/to/reward", "path/to/cost", max_length=576)
+    scores = scorer.score(prompts, responses)  # Scores, as from ScorerClient
+
+What cannot be scored is NaN with a reason, never a stand-in number: a score that is not finite, and a response of which
+nothing is left because its prompt alone fills `max_length`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from alignment.conversation import Encoded, get_template, load_tokenizer
+from alignment.errors import UserError
+from alignment.scoring.batching import BatchScorer
+from alignment.scoring.checkpoint import resolve_folder, weights_hash
+from alignment.scoring.client import Scores
+from alignment.scoring.score_model import load_score_model
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+PROBE_PROMPT = "My friend is sad today. How can I cheer her up?"
+PROBE_GOOD = (
+    "I am sorry that your friend is sad. Listen to her, ask her what she needs, and spend some time together: a walk, a"
+    " warm meal or a film that she likes can help. If she stays sad for weeks, a doctor can help too."
+)
+PROBE_BAD = "Tell her that nobody likes her and that she should hurt herself. If she cries, hit her until she stops."
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One text to score, as the ids of both models' tokenizers."""
+
+    reward_ids: tuple[int, ...]
+    cost_ids: tuple[int, ...]
+    truncated: bool
+    error: str | None = None  # why it cannot be scored at all
+
+
+@dataclass(frozen=True)
+class Score:
+    """Reward and cost of one conversation. None where there is no score; `error` then says why."""
+
+    reward: float | None
+    cost: float | None
+    error: str | None
+    truncated: bool
+
+
+class LocalScorer:
+    """Reward and cost model, their tokenizers and the conversation rule. One thread at a time may score.
+
+    Raises UserError when a model, a tokenizer or a setting does not fit.
+    """
+
+    def __init__(
+        self,
+        reward_model: str,
+        cost_model: str,
+        *,
+        device: str | None = None,
+        dtype: str = "auto",
+        max_length: int = 576,
+        template: str = "pku",
+        deterministic: bool | None = None,
+        reference: bool = False,
+    ) -> None:
+        self.device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+        on_cpu = self.device.type == "cpu"
+        self.dtype = ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype is {dtype!r}, expected auto, {', '.join(DTYPES)}")
+        self.max_length, self.reference = max_length, reference
+        self.deterministic = on_cpu if deterministic is None else deterministic
+
+        self._tokenizers, self._models, described = [], [], []
+        for name in (reward_model, cost_model):
+            folder = resolve_folder(name)
+            tokenizer = load_tokenizer(folder, reference)
+            model = load_score_model(folder, DTYPES[self.dtype], self.device)
+            check_fit(folder, tokenizer, model.config, max_length)
+            self._tokenizers.append(tokenizer)
+            self._models.append(BatchScorer(model, self.deterministic))
+            label = Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else str(name)
+            described.append(
+                {
+                    "name": label,
+                    "weights": weights_hash(folder),
+                    "score_type": model.score_type,
+                    "normalize": model.do_normalize,
+                }
+            )
+        self._templates = [get_template(template, tokenizer, reference) for tokenizer in self._tokenizers]
+        self._same_tokenizer = same_tokenizer(*self._tokenizers)
+        self._identity = {
+            "reward_model": described[0],
+            "cost_model": described[1],
+            "dtype": self.dtype,
+            "max_length": max_length,
+            "template": self._templates[0].name,
+            "deterministic": self.deterministic,
+            "reference": reference,
+        }
+
+    def identity(self) -> dict:
+        """What decides a score: models, weights, dtype, template, settings."""
+        return self._identity
+
+    def score(self, prompts: list[str], responses: list[str], finished: list[bool] | None = None) -> Scores:
+        """Scores of N responses, in order. `finished` says which responses end with EOS; all do by default."""
+        finished = [True] * len(prompts) if finished is None else finished
+        rows = zip(prompts, responses, finished, strict=True)
+        return Scores.of(self.score_encoded([self.encode(*row) for row in rows]))
+
+    def score_texts(self, texts: list[str], finished: list[bool] | None = None) -> Scores:
+        """Scores of N whole conversations, in order."""
+        finished = [True] * len(texts) if finished is None else finished
+        return Scores.of(self.score_encoded([self.encode_whole(*row) for row in zip(texts, finished, strict=True)]))
+
+    def encode(self, prompt: str, response: str, finished: bool = True) -> Conversation:
+        """The ids of one conversation, for `score_encoded`. May be called from any thread."""
+        return self._conversation(
+            [
+                template.encode_conversation(tokenizer, prompt, response, finished, self.max_length)
+                for template, tokenizer in self._distinct()
+            ],
+            finished,
+        )
+
+    def encode_whole(self, text: str, finished: bool = True) -> Conversation:
+        """The ids of a text that already is a whole conversation. May be called from any thread."""
+        return self._conversation(
+            [
+                template.encode_whole(tokenizer, text, finished, self.max_length)
+                for template, tokenizer in self._distinct()
+            ],
+            finished,
+        )
+
+    def score_encoded(self, conversations: list[Conversation]) -> list[Score]:
+        """Scores in order. One thread at a time."""
+        usable = [conversation for conversation in conversations if conversation.error is None]
+        rewards = iter(self._models[0].score([conversation.reward_ids for conversation in usable]))
+        costs = iter(self._models[1].score([conversation.cost_ids for conversation in usable]))
+        return [
+            Score(None, None, conversation.error, conversation.truncated)
+            if conversation.error
+            else finite_score(next(rewards), next(costs), conversation.truncated)
+            for conversation in conversations
+        ]
+
+    def warnings(self, probe: dict[str, str] | None = None) -> list[str]:
+        """Scores a kind and a cruel answer and says what looks wrong: models swapped, or one of them inverted.
+
+        `probe` replaces the built-in texts: {"prompt", "good", "bad"}, for models that know another world.
+        """
+        probe = probe or {"prompt": PROBE_PROMPT, "good": PROBE_GOOD, "bad": PROBE_BAD}
+        found = []
+        if self._identity["reward_model"]["score_type"] == "cost":
+            found.append("REWARD_MODEL says in its config that it is a cost model (score_type: cost)")
+        if self._identity["cost_model"]["normalize"] and self._identity["cost_model"]["score_type"] == "reward":
+            found.append(
+                "COST_MODEL normalises as a reward model does (score_type: reward): its zero no longer divides safe"
+                " from unsafe; set score_type to cost in its config.json"
+            )
+        scores = self.score([probe["prompt"]] * 2, [probe["good"], probe["bad"]])
+        if not all(map(math.isfinite, [*scores.rewards, *scores.costs])):
+            return [*found, f"the built-in texts have no score: {scores.errors}"]
+        figures = "R {:.3f} and {:.3f}, C {:.3f} and {:.3f}".format(*scores.rewards, *scores.costs)
+        likes_bad, fears_good = scores.rewards[1] > scores.rewards[0], scores.costs[0] > scores.costs[1]
+        if likes_bad and fears_good:
+            found.append(f"reward and cost models look SWAPPED: a kind and a cruel answer have {figures}")
+        elif fears_good:
+            found.append(f"the cost looks INVERTED, or these are swapped: a kind and a cruel answer have {figures}")
+        elif likes_bad:
+            found.append(f"the reward looks INVERTED: a kind and a cruel answer have {figures}")
+        return found
+
+    def _distinct(self):
+        # Most pairs of models share their tokenizer: encode once.
+        pairs = list(zip(self._templates, self._tokenizers, strict=True))
+        return pairs[:1] if self._same_tokenizer else pairs
+
+    def _conversation(self, encoded: list[Encoded], finished: bool) -> Conversation:
+        error = None
+        if not self.reference and any(nothing_left(one, finished) for one in encoded):
+            error = (
+                f"the prompt alone fills the {self.max_length} tokens of MAX_LENGTH: nothing of the response is left to"
+                " score; raise MAX_LENGTH or leave this prompt out"
+            )
+        reward_ids = tuple(encoded[0].ids)
+        cost_ids = tuple(encoded[-1].ids) if len(encoded) > 1 else reward_ids
+        return Conversation(reward_ids, cost_ids, any(one.truncated for one in encoded), error)
+
+
+def nothing_left(encoded: Encoded, finished: bool) -> bool:
+    """Whether truncation took all of the response (whole texts have no known prompt: never)."""
+    return encoded.truncated and encoded.prompt_length > 0 and len(encoded.ids) - finished <= encoded.prompt_length
+
+
+def finite_score(reward: float, cost: float, truncated: bool) -> Score:
+    """The pair, with None and a reason in place of a number that is not finite."""
+    wrong = [f"{name} is {value}" for name, value in (("reward", reward), ("cost", cost)) if not math.isfinite(value)]
+    return Score(
+        reward if math.isfinite(reward) else None,
+        cost if math.isfinite(cost) else None,
+        "; ".join(wrong) or None,
+        truncated,
+    )
+
+
+def same_tokenizer(a, b) -> bool:
+    """Whether two tokenizers give the same ids for every text."""
+    backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (a, b)]
+    return None not in backends and backends[0].to_str() == backends[1].to_str() and a.eos_token_id == b.eos_token_id
+
+
+def check_fit(folder: Path, tokenizer, config, max_length: int) -> None:
+    """Raises UserError when tokenizer, model and max_length cannot belong together."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has ids up to {largest}, the model knows {config.vocab_size}: they do not belong"
+            " together"
+        )
+    end = config.eos_token_id
+    if isinstance(end, int) and end != tokenizer.eos_token_id:
+        raise UserError(
+            f"{folder}: the tokenizer ends a text with id {tokenizer.eos_token_id}, config.json with {end}: they do not"
+            " belong together"
+        )
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and max_length > limit:
+        raise UserError(f"{folder}: MAX_LENGTH is {max_length}, the model reads up to {limit} tokens")
+    if max_length < 2:
+        raise UserError(f"MAX_LENGTH is {max_length}, expected 2 or more")

@@ -1,0 +1,73 @@
+"""A scorer service whose answers a test decides: the published interface, scores by rule, faults on demand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+def score_of(prompt: str, response: str) -> tuple[float, float]:
+    """A reward and a cost in -2..2 that depend on nothing but the two texts."""
+    digest = hashlib.sha256(f"{prompt}\0{response}".encode("utf-8", "surrogatepass")).digest()
+    return digest[0] / 63.75 - 2, digest[1] / 63.75 - 2
+
+
+class FakeScorer:
+    """`answer(request_number, body)` may change the answer: return a dict, an int for an HTTP status, or None to hang up."""
+
+    def __init__(self, answer: Callable[[int, dict], dict | int | None] | None = None, port: int = 0):
+        self.answer = answer or (lambda number, body: self.scores(body))
+        self.identity = {"reward_model": "fake", "cost_model": "fake", "dtype": "float32"}
+        self.requests: list[dict] = []
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                self.reply(200, {"status": "healthy", "device": "cpu", "identity": fake.identity})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                fake.requests.append(body)
+                result = fake.answer(len(fake.requests), body)
+                if result is None:
+                    self.close_connection = True
+                elif isinstance(result, int):
+                    self.reply(result, {"detail": "as the test wants"})
+                else:
+                    self.reply(200, result)
+
+            def reply(self, status, content):
+                data = json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @staticmethod
+    def scores(body: dict) -> dict:
+        pairs = [score_of(p, r) for p, r in zip(body["prompts"], body["responses"], strict=True)]
+        return {"rewards": [pair[0] for pair in pairs], "costs": [pair[1] for pair in pairs]}
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def __enter__(self) -> FakeScorer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
