@@ -19,7 +19,18 @@ from alignment.records import read_json, read_jsonl, write_jsonl
 
 FILES = ("Rs.npy", "Cs.npy", "labels.npy", "points.jsonl", "scatter.png", "summary.json")
 PUBLISHED = ["prompt", "response", "reward", "cost", "label"]
-STRANGE = ["a\u2028b\u2029c\u0085d", "nul\x00inside", "\U0001f600 emoji \u00e9", "", " ", "x" * 5000, "same", "same", "line\nbreak\r\n", "USER: x ASSISTANT:"]
+STRANGE = [
+    "a\u2028b\u2029c\u0085d",
+    "nul\x00inside",
+    "\U0001f600 emoji \u00e9",
+    "",
+    " ",
+    "x" * 5000,
+    "same",
+    "same",
+    "line\nbreak\r\n",
+    "USER: x ASSISTANT:",
+]
 
 
 @pytest.fixture
@@ -66,7 +77,17 @@ def test_policy_answers_are_classified_into_the_published_files(tmp_path, tiny_p
     assert labels.tolist() == [row["label"] for row in points]
 
     summary = read_json(folder / f"{stem}_summary.json")
-    published = ["counts", "percents", "safe_ratio", "R_mean", "R_std", "C_mean", "C_std", "num_points", "used_policy_model"]
+    published = [
+        "counts",
+        "percents",
+        "safe_ratio",
+        "R_mean",
+        "R_std",
+        "C_mean",
+        "C_std",
+        "num_points",
+        "used_policy_model",
+    ]
     assert list(summary)[: len(published)] == published
     assert (summary["num_points"], summary["distinct_prompts"]) == (24, 23)
     assert summary["scorer"]["max_length"] == 576 and summary["sampling"]["max_new_tokens"] == 12
@@ -100,7 +121,14 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path, tiny_policy, scorer
 
 
 def test_resume_with_other_settings_is_an_error(tmp_path, tiny_policy, scorer_flags, prompts):
-    flags = ["--policy_model_path", str(tiny_policy), "--from_jsonl", str(prompts), "--output_dir", str(tmp_path / "out")]
+    flags = [
+        "--policy_model_path",
+        str(tiny_policy),
+        "--from_jsonl",
+        str(prompts),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     flags += ["--model_name", "m", *scorer_flags]
     script.main([*flags, "--policy_max_new_tokens", "4"])
     before = results(tmp_path / "out", "m")
@@ -110,12 +138,16 @@ def test_resume_with_other_settings_is_an_error(tmp_path, tiny_policy, scorer_fl
         script.main([*flags, "--policy_max_new_tokens", "4", "--num_samples", "10"])
     assert results(tmp_path / "out", "m") == before
     with pytest.raises(UserError, match="holds the answers of .*give another --model_name"):
-        script.main(["--from_jsonl", str(prompts), "--output_dir", str(tmp_path / "out"), "--model_name", "m", *scorer_flags])
+        script.main(
+            ["--from_jsonl", str(prompts), "--output_dir", str(tmp_path / "out"), "--model_name", "m", *scorer_flags]
+        )
 
 
 def test_given_responses_keep_rows_and_order(tmp_path, scorer_flags):
     source = tmp_path / "given.jsonl"
-    rows = [{"prompt": f"p {text[:20]}", "response": text, "finished": index % 2 == 0} for index, text in enumerate(STRANGE)]
+    rows = [
+        {"prompt": f"p {text[:20]}", "response": text, "finished": index % 2 == 0} for index, text in enumerate(STRANGE)
+    ]
     write_jsonl(source, rows)
     script.main(["--responses_from", str(source), "--output_dir", str(tmp_path / "out"), *scorer_flags])
     points = read_points(tmp_path / "out" / "given_points.jsonl")
@@ -129,7 +161,9 @@ def test_given_responses_keep_rows_and_order(tmp_path, scorer_flags):
     again = ["--responses_from", str(tmp_path / "out" / "given_points.jsonl"), "--model_name", "again"]
     script.main([*again, "--output_dir", str(tmp_path / "out"), *scorer_flags])
     second = read_points(tmp_path / "out" / "again_points.jsonl")
-    assert [(row["id"], row["reward"], row["cost"]) for row in second] == [(r["id"], r["reward"], r["cost"]) for r in points]
+    assert [(row["id"], row["reward"], row["cost"]) for row in second] == [
+        (r["id"], r["reward"], r["cost"]) for r in points
+    ]
     assert load_scores(tmp_path / "out", "again").rewards.tolist() == [row["reward"] for row in points]
 
 
@@ -246,6 +280,18 @@ def test_the_sweep_file_and_its_script_fit_together(tmp_path):
 def test_mistakes_are_told_before_a_model_is_loaded(flags, message):
     with pytest.raises(UserError, match=message):
         script.main(flags)
+
+
+def test_texts_that_no_tokenizer_can_read_are_named(tmp_path, scorer_flags):
+    source = tmp_path / "given.jsonl"
+    for row in (
+        {"prompt": "ok", "response": "a\udfff"},
+        {"prompt": "\ud800", "response": "b"},
+        {"prompt": "x", "response": 1},
+    ):
+        write_jsonl(source, [row])
+        with pytest.raises(UserError, match=r"given.jsonl: .*(half of a character|must be text)"):
+            script.main(["--responses_from", str(source), "--output_dir", str(tmp_path), *scorer_flags])
 
 
 def test_local_data_set(tmp_path, tiny_policy, scorer_flags):

@@ -103,7 +103,7 @@ def test_the_run_folder_holds_what_it_promises(undisturbed, tiny_policy):
         AutoModelForCausalLM.from_pretrained(str(run / name))
     base = AutoModelForCausalLM.from_pretrained(str(tiny_policy)).state_dict()
     assert not all(torch.equal(base[name], tensor) for name, tensor in final_weights(run).items())
-    assert "objective" in done.stdout
+    assert "step 4/4 objective" in done.stdout
 
 
 def test_the_weights_are_base_plus_the_journals_steps(undisturbed, tiny_policy):

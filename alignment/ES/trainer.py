@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -36,6 +35,7 @@ from alignment.evaluation.measures import measure
 from alignment.generation import Generation, TransformersEngine
 from alignment.lagrangian import LagrangeMultiplier
 from alignment.objective import quadrant_labels
+from alignment.progress import progress_bar, watched
 from alignment.records import finite_or_none, read_json, read_jsonl, write_json, write_jsonl
 from alignment.runs import MetricsLog, StopSignal, atomic_directory
 from alignment.scoring.client import ScorerClient, Scores
@@ -105,7 +105,9 @@ class ESTrainer:
         try:
             with (
                 ThreadPoolExecutor(max_workers=2, thread_name_prefix="scoring") as self.pool,
-                tqdm(total=self.settings.num_iterations, initial=first, unit="step", file=sys.stdout) as self.bar,
+                progress_bar(
+                    self.settings.num_iterations, "ES", "step", initial=first, disable=not watched()
+                ) as self.bar,
             ):
                 self.scorer.on_wait = self._show_waiting
                 return self._loop()
@@ -352,11 +354,18 @@ class ESTrainer:
                 self.metrics.log(step["metrics"], step["iteration"])
 
     def _show(self, row: dict) -> None:
-        self.bar.update()
-        self.bar.set_postfix_str(
+        text = (
             f"objective {row['objective']:.3f} R {row['reward_mean']:.3f} C {row['cost_mean']:.3f} "
             f"safe {row['safe_ratio']:.0f} % lambda {row['lambda']:.3f}"
         )
+        if watched():
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+        else:  # a job's log: a line a step
+            seconds = row["seconds"]["total"]
+            done, total = row["iteration"] + 1, self.settings.num_iterations
+            left = tqdm.format_interval(seconds * (total - done))
+            print(f"step {done}/{total} {text} ({seconds:.1f} s, {left} left)", flush=True)
 
     def _show_waiting(self, seconds: float) -> None:
         if self.stop:

@@ -11,12 +11,16 @@ OUTPUT/build.json                             recipe, seed, versions, accuracies
 The policy is fine-tuned on answers whose kinds are mixed so that, like Alpaca-7B, it is safe in 30 to 55 % of its greedy
 answers. The score models learn as Safe-RLHF trains them: a logistic loss on which response of a pair is better (reward) or
 less safe (cost), for the cost also on the sign of each response's own score, and a small penalty on the scores' size.
-Departures: the penalty also centres the reward, and after training its bias is set so that the mean over the clean training
-answers is 0 (a pairwise loss leaves the zero open, and the quadrants need one); text that is cut off is shown half of the
-time without EOS, as the scorer shows an unfinished response.
+Departures, all because the models are tiny and start from nothing:
+- the language-modelling loss on the preferred response is added, which teaches the phrases with far fewer pairs (as a
+  regulariser for reward models: Yang et al. 2024, https://arxiv.org/abs/2406.10216);
+- half of the pairs set broken text against a clean answer (see data.py);
+- a pairwise loss leaves the reward's zero open, and quadrants need one: the bias is set half-way between the training
+  means of helpful answers and of refusals.
 
-Conversation: BOS "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:" response EOS, the response directly after the colon
-without a space (as in the published data), both for the policy and for the score models; EOS is added by id.
+Conversation: alignment/conversation.py's rule for policy and score models alike, BOS "BEGINNING OF CONVERSATION: USER: {prompt}
+ASSISTANT:" response EOS. The response stands directly after the colon, without a space (as in the published data); the
+policy's answers therefore begin without one.
 
 The result is kept: a second call with the same recipe, seed, code and library versions returns at once. The folder appears
 under its name when it is complete.
@@ -36,21 +40,24 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from alignment.config import load_config, setting
+from alignment.conversation import get_template, load_tokenizer
 from alignment.demo.data import KINDS, TOPICS, DemoData, Prompt, demo_data, write_answer
 from alignment.errors import run_main
 from alignment.records import read_json, write_json, write_jsonl
 from alignment.runs import atomic_directory
-from alignment.scoring.score_model import ScoreModel
+from alignment.scoring.score_model import ScoreModel, at_end
 
-TEMPLATE = "BEGINNING OF CONVERSATION: USER: {} ASSISTANT:"
-UNK, BOS, EOS, FIRST_BYTE = 0, 1, 2, 3
+TEMPLATE = get_template("pku")
+BOS, EOS = 1, 2
 
 
 @dataclass(frozen=True)
@@ -69,11 +76,11 @@ class Recipe:
     score_hidden: int = 64
     score_layers: int = 2
     score_heads: int = 4
-    score_steps: int = 300
-    score_batch: int = 32
+    score_steps: int = 800
+    score_batch: int = 16
     score_rate: float = 4e-3
-    reward_penalty: float = 0.003
-    cost_penalty: float = 0.003
+    penalty: float = 0.003  # on squared scores
+    text_weight: float = 0.3  # of the language-modelling loss on the preferred response
 
 
 # How often the policy's training answers are SH, SU, UH, UU: most harm categories are answered carelessly, every sixth well.
@@ -106,13 +113,16 @@ def build(output: str | Path, seed: int = 0, recipe: Recipe = Recipe()) -> dict:
         tokenizer = train_tokenizer(data, recipe.vocabulary)
         for name in ("policy", "reward", "cost"):
             tokenizer.save_pretrained(folder / name)
-        # One process for the policy and one for both score models: each has a core of its own.
-        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-            jobs = [pool.submit(job, str(folder), seed, recipe) for job in (_build_policy, _build_score_models)]
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:  # two processes of one thread
+            jobs = [
+                pool.submit(_build_score_model, str(folder), seed, recipe, "reward"),
+                pool.submit(_build_policy, str(folder), seed, recipe),
+                pool.submit(_build_score_model, str(folder), seed, recipe, "cost"),
+            ]
             results = [job.result() for job in jobs]
         report = {"key": key, "seed": seed, "recipe": dataclasses.asdict(recipe), "versions": _versions()}
         report |= {"prompts": {"train": len(data.train_rows), "eval": len(data.eval_rows)}}
-        report |= results[0] | results[1] | {"seconds": round(time.time() - start, 1)}
+        report |= results[0] | results[1] | results[2] | {"seconds": round(time.time() - start, 1)}
         write_json(folder / "build.json", report)
     return report
 
@@ -134,7 +144,7 @@ def train_tokenizer(data: DemoData, vocabulary: int) -> PreTrainedTokenizerFast:
     split = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Punctuation(behavior="isolated")]
     )
-    texts = [TEMPLATE.format(row["prompt"]) + row[f"response_{i}"] for row in data.train_pairs for i in (0, 1)]
+    texts = [TEMPLATE.render(row["prompt"]) + row[f"response_{i}"] for row in data.train_pairs for i in (0, 1)]
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = split
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -154,7 +164,12 @@ def train_tokenizer(data: DemoData, vocabulary: int) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="right"
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="right",
     )
 
 
@@ -173,10 +188,6 @@ def _llama_config(tokenizer, hidden: int, layers: int, heads: int, init_std: flo
         pad_token_id=tokenizer.pad_token_id,
         **more,
     )
-
-
-def _encode(tokenizer, text: str) -> list[int]:
-    return [BOS, *tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
 def _pad(sequences: list[list[int]], value: int) -> torch.Tensor:
@@ -217,9 +228,11 @@ def _train(model: torch.nn.Module, batches: Iterator[list], loss_of: Callable, s
 
 
 def _own_process(seed: int) -> random.Random:
+    """Settings of a process that trains one model."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.manual_seed(seed)
+    disable_progress_bar()
     return random.Random(seed)
 
 
@@ -232,144 +245,163 @@ def _mix(prompt: Prompt) -> tuple[float, ...]:
 def _build_policy(folder: str, seed: int, recipe: Recipe) -> dict:
     """Supervised fine-tuning on the response tokens."""
     rng, start = _own_process(seed), time.time()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(f"{folder}/policy")
-    examples = []
+    tokenizer = load_tokenizer(f"{folder}/policy")
+    examples = []  # (ids, length of the prompt)
     for prompt in demo_data(seed).train_prompts:
-        ids = _encode(tokenizer, TEMPLATE.format(prompt.text))
         for kind in rng.choices(KINDS, _mix(prompt), k=recipe.answers_per_prompt):
-            full = _encode(tokenizer, TEMPLATE.format(prompt.text) + write_answer(rng, prompt, kind).text)
-            examples.append((ids, full[len(ids) :] + [EOS]))
+            encoded = TEMPLATE.encode_conversation(tokenizer, prompt.text, write_answer(rng, prompt, kind).text)
+            examples.append((encoded.ids, encoded.prompt_length))
     config = _llama_config(
-        tokenizer, recipe.policy_hidden, recipe.policy_layers, recipe.policy_heads, recipe.init_std, tie_word_embeddings=True
+        tokenizer,
+        recipe.policy_hidden,
+        recipe.policy_layers,
+        recipe.policy_heads,
+        recipe.init_std,
+        tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config)
 
     def loss_of(batch):
-        ids = _pad([prompt + response for prompt, response in batch], tokenizer.pad_token_id)
-        labels = _pad([[-100] * len(prompt) + response for prompt, response in batch], -100)
-        first = min(len(prompt) for prompt, _ in batch)  # no logits are needed where no sequence has its response yet
+        ids = _pad([ids for ids, _ in batch], tokenizer.pad_token_id)
+        labels = _pad([[-100] * prompt + ids[prompt:] for ids, prompt in batch], -100)
+        first = min(prompt for _, prompt in batch)  # no logits are needed where no sequence has its response yet
         hidden = model.model(input_ids=ids).last_hidden_state[:, first - 1 : -1]
         return F.cross_entropy(model.lm_head(hidden).flatten(0, 1), labels[:, first:].flatten(), ignore_index=-100)
 
-    batches = _batches(examples, lambda e: len(e[0]) + len(e[1]), recipe.policy_batch, rng)
+    batches = _batches(examples, lambda example: len(example[0]), recipe.policy_batch, rng)
     loss = _train(model, batches, loss_of, recipe.policy_steps, recipe.policy_rate)
-    model.generation_config.update(do_sample=False, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config.update(
+        do_sample=False, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=tokenizer.pad_token_id
+    )
     model.save_pretrained(f"{folder}/policy")
-    return {"policy": {"parameters": model.num_parameters(), "loss": loss, "seconds": round(time.time() - start, 1)}}
+    return {
+        "policy": {
+            "parameters": model.num_parameters(),
+            "loss": round(loss, 4),
+            "seconds": round(time.time() - start, 1),
+        }
+    }
 
 
-def _encode_pairs(tokenizer, rows: list[dict], rng: random.Random) -> list[dict]:
-    """Rows -> ids of both conversations and the labels; cut text loses its EOS half of the time."""
+class _Pair(NamedTuple):
+    ids: list[list[int]]  # both conversations
+    starts: list[int]  # where their responses begin
+    better: int
+    safer: int
+    unsafe: list[bool]
+    kinds: list[str]
+
+
+def _encode_pairs(tokenizer, rows: list[dict], rng: random.Random) -> list[_Pair]:
     pairs = []
     for row in rows:
-        both = []
-        for i in (0, 1):
-            cut = row[f"response_{i}_source"] == "demo-cut" and rng.random() < 0.5
-            both.append(_encode(tokenizer, TEMPLATE.format(row["prompt"]) + row[f"response_{i}"]) + [EOS] * (not cut))
-        unsafe = [not row["is_response_0_safe"], not row["is_response_1_safe"]]
-        pairs.append({"ids": both, "better": row["better_response_id"], "safer": row["safer_response_id"], "unsafe": unsafe})
+        kinds = [row[f"response_{i}_source"].removeprefix("demo-") for i in (0, 1)]
+        # Cut text loses its EOS half of the time: the scorer gives none to an unfinished response.
+        finished = [not (kind == "cut" and rng.random() < 0.5) for kind in kinds]
+        both = [
+            TEMPLATE.encode_conversation(tokenizer, row["prompt"], row[f"response_{i}"], finished[i]) for i in (0, 1)
+        ]
+        unsafe = [not row[f"is_response_{i}_safe"] for i in (0, 1)]
+        ids, starts = [encoded.ids for encoded in both], [encoded.prompt_length for encoded in both]
+        pairs.append(_Pair(ids, starts, row["better_response_id"], row["safer_response_id"], unsafe, kinds))
     return pairs
 
 
-def _sign(values: list[bool | int]) -> torch.Tensor:
+def _sign(values: list) -> torch.Tensor:
     """True -> 1.0, False -> -1.0"""
     return torch.tensor([1.0 if value else -1.0 for value in values])
 
 
-def _score(model: ScoreModel, sequences: list[list[int]], padding: int) -> torch.Tensor:
-    """(N,) scores of id lists."""
-    return model(_pad(sequences, padding), torch.tensor([len(sequence) for sequence in sequences]))
+def _preference_loss(model: ScoreModel, batch: list[_Pair], recipe: Recipe) -> torch.Tensor:
+    """The Safe-RLHF loss of a reward or a cost model on pairs, and the language-modelling term on the preferred side."""
+    is_cost = model.score_type == "cost"
+    padding = model.config.pad_token_id
+    sequences = [pair.ids[i] for i in (0, 1) for pair in batch]
+    hidden = model.hidden(_pad(sequences, padding))  # (2 B, T, H)
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    first, second = model.end_scores(at_end(hidden, lengths)).view(2, -1)  # (B,) each
+    if is_cost:
+        margin = _sign([pair.safer for pair in batch]) * (first - second)
+    else:
+        margin = _sign([pair.better for pair in batch]) * (second - first)
+    loss = -F.logsigmoid(margin).mean() + recipe.penalty * (first.square() + second.square()).mean()
+    if is_cost:
+        for i, scores in enumerate((first, second)):
+            loss = loss - F.logsigmoid(_sign([pair.unsafe[i] for pair in batch]) * scores).mean()
+
+    liked = [pair.safer if is_cost else pair.better for pair in batch]
+    rows = [i + len(batch) * side for i, side in enumerate(liked)]
+    starts = [pair.starts[side] for pair, side in zip(batch, liked, strict=True)]
+    labels = _pad([[-100] * start + sequences[row][start:] for row, start in zip(rows, starts, strict=True)], -100)
+    states = hidden[rows, min(starts) - 1 : labels.shape[1] - 1]
+    logits = states @ model.model.embed_tokens.weight.T
+    text = F.cross_entropy(logits.flatten(0, 1), labels[:, min(starts) :].flatten(), ignore_index=-100)
+    return loss + recipe.text_weight * text
 
 
 @torch.no_grad()
-def _score_all(model: ScoreModel, sequences: list[list[int]], padding: int) -> torch.Tensor:
+def _score_all(model: ScoreModel, sequences: list[list[int]]) -> torch.Tensor:
+    """(N,) scores of id lists."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     scores = torch.empty(len(sequences))
     for start in range(0, len(order), 128):
-        part = order[start : start + 128]
-        scores[part] = _score(model, [sequences[i] for i in part], padding)
+        part = [sequences[i] for i in order[start : start + 128]]
+        lengths = torch.tensor([len(ids) for ids in part])
+        scores[order[start : start + 128]] = model(_pad(part, model.config.pad_token_id), lengths)
     return scores
 
 
-def _build_score_models(folder: str, seed: int, recipe: Recipe) -> dict:
-    rng, start = _own_process(seed), time.time()
+def _build_score_model(folder: str, seed: int, recipe: Recipe, score_type: str) -> dict:
+    rng, start = _own_process(seed + (1 if score_type == "reward" else 2)), time.time()
     data = demo_data(seed)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(f"{folder}/reward")
-    padding = tokenizer.pad_token_id
+    tokenizer = load_tokenizer(f"{folder}/{score_type}")
     train, held_out = (_encode_pairs(tokenizer, rows, rng) for rows in (data.train_pairs, data.eval_pairs))
+    config = _llama_config(tokenizer, recipe.score_hidden, recipe.score_layers, recipe.score_heads, recipe.init_std)
+    config.update({"score_type": score_type, "score_bias": True, "tie_word_embeddings": False})
+    model = ScoreModel(config)
+    batches = _batches(train, lambda pair: max(map(len, pair.ids)), recipe.score_batch, rng)
+    _train(model, batches, lambda batch: _preference_loss(model, batch, recipe), recipe.score_steps, recipe.score_rate)
+    if score_type == "reward":
+        with torch.no_grad():
+            model.score_head.bias.sub_(_zero_of_reward(model, train))
+    model.save_pretrained(f"{folder}/{score_type}")
+    report = {"parameters": sum(p.numel() for p in model.parameters()), **_held_out(model, held_out)}
+    return {score_type: report | {"seconds": round(time.time() - start, 1)}}
 
-    def scores_of(model, batch):
-        both = _score(model, [pair["ids"][i] for i in (0, 1) for pair in batch], padding)
-        return both.view(2, -1)  # (2, B)
 
-    def reward_loss(batch):
-        first, second = scores_of(reward, batch)
-        margin = _sign([pair["better"] for pair in batch]) * (second - first)
-        return -F.logsigmoid(margin).mean() + recipe.reward_penalty * (first.square() + second.square()).mean()
+def _zero_of_reward(model: ScoreModel, pairs: list[_Pair]) -> torch.Tensor:
+    """Half-way between the mean training score of helpful answers and that of refusals."""
+    means = []
+    for kinds in (("SH", "UH"), ("SU",)):
+        means.append(
+            _score_all(model, [pair.ids[i] for pair in pairs for i in (0, 1) if pair.kinds[i] in kinds]).mean()
+        )
+    return (means[0] + means[1]) / 2
 
-    def cost_loss(batch):
-        first, second = scores_of(cost, batch)
-        margin = _sign([pair["safer"] for pair in batch]) * (first - second)
-        loss = -F.logsigmoid(margin).mean() + recipe.cost_penalty * (first.square() + second.square()).mean()
-        for i, scores in enumerate((first, second)):
-            loss = loss - F.logsigmoid(_sign([pair["unsafe"][i] for pair in batch]) * scores).mean()
-        return loss
 
-    def new_model(score_type):
-        config = _llama_config(tokenizer, recipe.score_hidden, recipe.score_layers, recipe.score_heads, recipe.init_std)
-        config.update({"architectures": ["LlamaForScore"], "score_type": score_type, "score_dim": 1, "bias": True})
-        config.update({"score_bias": True, "do_normalize": False, "tie_word_embeddings": False})
-        return ScoreModel(config)
-
-    def batches():
-        return _batches(train, lambda pair: max(map(len, pair["ids"])), recipe.score_batch, rng)
-
-    reward = new_model("reward")
-    _train(reward, batches(), reward_loss, recipe.score_steps, recipe.score_rate)
-    cost = new_model("cost")
-    _train(cost, batches(), cost_loss, recipe.score_steps, recipe.score_rate)
-
-    clean = [
-        pair["ids"][i]
-        for pair, row in zip(train, data.train_pairs, strict=True)
-        for i in (0, 1)
-        if row[f"response_{i}_source"].removeprefix("demo-") in KINDS
-    ]
-    with torch.no_grad():
-        reward.score_head.bias.sub_(_score_all(reward, clean, padding).mean())
-    for name, model in (("reward", reward), ("cost", cost)):
-        model.save_pretrained(f"{folder}/{name}")
-    return _held_out_report(reward, cost, held_out, data.eval_pairs, padding) | {
-        "score_models": {"parameters": sum(p.numel() for p in reward.parameters()), "seconds": round(time.time() - start, 1)}
+def _held_out(model: ScoreModel, pairs: list[_Pair]) -> dict:
+    """Accuracy on held-out pairs, all of them and those of two clean answers, of the cost's sign, and mean scores by kind."""
+    scores = _score_all(model, [pair.ids[i] for i in (0, 1) for pair in pairs]).view(2, -1)  # (2, N)
+    clean = torch.tensor([set(pair.kinds) <= set(KINDS) for pair in pairs])
+    if model.score_type == "cost":
+        right = (scores[1] < scores[0]) == torch.tensor([pair.safer == 1 for pair in pairs])
+    else:
+        right = (scores[1] > scores[0]) == torch.tensor([pair.better == 1 for pair in pairs])
+    report = {
+        "pairs": len(pairs),
+        "accuracy": _mean(right),
+        "clean_pairs": int(clean.sum()),
+        "clean_accuracy": _mean(right[clean]),
     }
+    if model.score_type == "cost":
+        report["sign_accuracy"] = _mean((scores > 0) == torch.tensor([pair.unsafe for pair in pairs]).T)
+    kinds = {kind for pair in pairs for kind in pair.kinds}
+    chosen = {kind: torch.tensor([[pair.kinds[i] == kind for pair in pairs] for i in (0, 1)]) for kind in sorted(kinds)}
+    return report | {"mean_scores": {kind: _mean(scores[mask]) for kind, mask in chosen.items()}}
 
 
-def _held_out_report(reward: ScoreModel, cost: ScoreModel, pairs: list[dict], rows: list[dict], padding: int) -> dict:
-    """Accuracies on held-out pairs (of all, and of clean answers alone) and mean scores by kind of answer."""
-    flat = [pair["ids"][i] for i in (0, 1) for pair in pairs]
-    rewards, costs = (_score_all(model, flat, padding).view(2, -1) for model in (reward, cost))  # (2, N)
-    better, safer = (torch.tensor([pair[key] for pair in pairs]).bool() for key in ("better", "safer"))
-    unsafe = torch.tensor([pair["unsafe"] for pair in pairs]).T  # (2, N)
-    right_reward, right_cost = (rewards[1] > rewards[0]) == better, (costs[1] < costs[0]) == safer
-    sources = [[row[f"response_{i}_source"].removeprefix("demo-") for row in rows] for i in (0, 1)]
-    clean = torch.tensor([first in KINDS and second in KINDS for first, second in zip(*sources, strict=True)])
-    mean = lambda values: round(values.float().mean().item(), 4)  # noqa: E731
-    scores = {}
-    for kind in sorted({kind for side in sources for kind in side}):
-        chosen = torch.tensor([[source == kind for source in side] for side in sources])
-        scores[kind] = {"reward": mean(rewards[chosen]), "cost": mean(costs[chosen]), "number": int(chosen.sum())}
-    return {
-        "held_out": {
-            "pairs": len(pairs),
-            "reward_accuracy": mean(right_reward),
-            "cost_accuracy": mean(right_cost),
-            "cost_sign_accuracy": mean((costs > 0) == unsafe),
-            "clean_pairs": int(clean.sum()),
-            "reward_accuracy_clean": mean(right_reward[clean]),
-            "cost_accuracy_clean": mean(right_cost[clean]),
-        },
-        "mean_scores": scores,
-    }
+def _mean(values: torch.Tensor) -> float:
+    return round(values.float().mean().item(), 4)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -378,7 +410,8 @@ def main(argv: list[str] | None = None) -> None:
     report = build(config.output, config.seed)
     state = "built" if report["seconds"] <= time.time() - start + 0.1 else "already built"
     print(f"{config.output}: {state} (key {report['key'][:12]}, {report['seconds']} s when built)")
-    print(json.dumps(report["held_out"]))
+    for name in ("reward", "cost"):
+        print(f"{name} model: {report[name]['accuracy']:.1%} of {report[name]['pairs']} held-out pairs right")
 
 
 if __name__ == "__main__":

@@ -37,10 +37,11 @@ from alignment.demo.phrases import (
 KINDS = ("SH", "SU", "UH", "UU")
 BREAKS = ("repeat", "shuffle", "garble", "splice", "off_topic", "cut", "generic", "mixed")
 
+
 class Topic(NamedTuple):
     name: str
     harmful: bool
-    tasks: list[str]  # 20, filled in
+    tasks: list[str]  # 20: four verbs times five things, the things of a verb beside each other
     safe: list[str]
     unsafe: list[str]
 
@@ -105,9 +106,14 @@ def _sentence(rng: random.Random, opener: str, steps: list[str], closing: str) -
     return f"{opener} {rng.choice(JOINS).join(steps)}. {closing}".strip()
 
 
-def _two_steps(rng: random.Random, steps: list[str]) -> list[str]:
-    """A step that opens an answer and one that goes on."""
+def _two_steps(rng: random.Random, topic: Topic, task: str, steps: list[str]) -> list[str]:
+    """A step that opens an answer and one that goes on. Four times in five they suit the task: its verb decides on the first
+    one and its thing on the second, so that answers to different prompts differ."""
+    verb, thing = divmod(topic.tasks.index(task), len(topic.tasks) // 4)
     half = len(steps) // 2
+    suited = (verb % half, half + thing % half)
+    if rng.random() < 0.8:
+        return [steps[i] for i in suited]
     return [rng.choice(steps[:half]), rng.choice(steps[half:])]
 
 
@@ -120,15 +126,15 @@ def write_answer(rng: random.Random, prompt: Prompt, kind: str, cross: float = 0
     ending = rng.choice(("careful", "harmless") if kind == "SH" else list(CLOSINGS)) if rng.random() < cross else style
     opener, closing = rng.choice(OPENERS[opening]), rng.choice(CLOSINGS[ending])
     if kind == "SH":
-        steps = _two_steps(rng, topic.safe)
+        steps = _two_steps(rng, topic, prompt.task, topic.safe)
         return Answer(_sentence(rng, opener, steps, closing), kind, (), 0, 1.0, 0.0)
     if kind == "SU":
         return Answer(rng.choice(REFUSALS).format(prompt.task), kind, (), 0, -1.0, 0.0)
     if kind == "UH":
         if topic.harmful:
-            steps, harm, severity = _two_steps(rng, topic.unsafe), topic.name, rng.choice((2, 2, 3))
+            steps, harm, severity = _two_steps(rng, topic, prompt.task, topic.unsafe), topic.name, rng.choice((2, 2, 3))
         else:
-            steps, harm, severity = [_two_steps(rng, topic.safe)[0], rng.choice(topic.unsafe)], "Physical Harm", 1
+            steps, harm, severity = [rng.choice(topic.safe[:2]), rng.choice(topic.unsafe)], "Physical Harm", 1
         text = _sentence(rng, opener, steps, closing)
         return Answer(text, kind, (harm,), severity, 1.0 if topic.harmful else 0.6, severity)
     harm = topic.name if topic.harmful else "Insulting Behavior"
@@ -271,8 +277,8 @@ def demo_data(
     *,
     train_per_topic: int = 24,
     eval_per_topic: int = 8,
-    clean_pairs: int = 3,
-    broken_pairs: int = 3,
+    clean_pairs: int = 4,
+    broken_pairs: int = 6,
     label_noise: float = 0.02,
 ) -> DemoData:
     """The whole data set, a function of its arguments alone. 27 topics: 648 training and 216 held-out prompts by default."""
@@ -288,7 +294,12 @@ def _alternatives(phrases) -> str:
     return "|".join(re.escape(p) for p in sorted(phrases, key=len, reverse=True) if p)
 
 
-_STEPS = {step: (t.name, safe) for t in TOPICS.values() for safe, steps in ((True, t.safe), (False, t.unsafe)) for step in steps}
+_STEPS = {
+    step: (t.name, safe)
+    for t in TOPICS.values()
+    for safe, steps in ((True, t.safe), (False, t.unsafe))
+    for step in steps
+}
 _STEP = f"(?:{_alternatives(_STEPS)})"
 _WELL_FORMED = re.compile(
     rf"(?:{_alternatives(o for group in OPENERS.values() for o in group)}) "
@@ -331,9 +342,15 @@ def oracle(prompt: str, response: str, finished: bool = True) -> str:
 
 def main() -> None:
     data = demo_data(0)
-    print(f"{len(data.train_rows)} training and {len(data.eval_rows)} held-out rows, {len(data.train_pairs)} training pairs")
+    print(
+        f"{len(data.train_rows)} training and {len(data.eval_rows)} held-out rows, {len(data.train_pairs)} training pairs"
+    )
     for row in data.train_pairs[:8]:
-        print(json.dumps({k: row[k] for k in ("prompt", "response_0", "response_1", "better_response_id", "safer_response_id")}))
+        print(
+            json.dumps(
+                {k: row[k] for k in ("prompt", "response_0", "response_1", "better_response_id", "safer_response_id")}
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from alignment.errors import UserError
 from alignment.generation import Generation, TransformersEngine
+from alignment.progress import progress_bar
 from alignment.records import JsonlWriter, read_jsonl
 
 if TYPE_CHECKING:
@@ -51,17 +51,17 @@ def generate_answers(config: Config, rows: list[dict], path: Path) -> dict:
             print(f"{path}: {len(done)} of {len(rows)} answers are there already", flush=True)
         # Longest first, so that what does not fit fails at once; characters need no tokenizer and never change.
         order = sorted(range(len(rows)), key=lambda index: (-len(rows[index]["prompt"]), index))
-        bar = tqdm(total=len(rows), initial=len(done), desc="generate", unit="prompt", mininterval=1)
-        for number, start in enumerate(range(0, len(order), config.policy_batch_size)):
-            batch = [rows[index] for index in order[start : start + config.policy_batch_size]]
-            missing = [row["id"] for row in batch if row["id"] not in done]
-            if missing:
+        with progress_bar(len(rows), "generate", "prompt", initial=len(done)) as bar:
+            for number, start in enumerate(range(0, len(order), config.policy_batch_size)):
+                batch = [rows[index] for index in order[start : start + config.policy_batch_size]]
+                missing = [row["id"] for row in batch if row["id"] not in done]
+                if not missing:
+                    continue
                 for row, answer in zip(batch, _generate_batch(config, engine, batch, number), strict=True):
                     if row["id"] in missing:
                         done[row["id"]] = _as_record(answer)
                         writer.append({"id": row["id"]} | done[row["id"]])
                 bar.update(len(missing))
-        bar.close()
     for row in rows:
         row.update(done[row["id"]])
     del engine
@@ -72,11 +72,13 @@ def generate_answers(config: Config, rows: list[dict], path: Path) -> dict:
 def base_log_probs(config: Config, rows: list[dict]) -> dict:
     """Adds log_prob_base, nats a token, to every row (None where a response has no token); returns what the base was."""
     engine = _engine(config, config.base_model_path)
-    for start in tqdm(range(0, len(rows), config.policy_batch_size), desc="log-prob under base", unit="batch", mininterval=1):
-        batch = rows[start : start + config.policy_batch_size]
-        columns = [[row[key] for row in batch] for key in ("prompt", "response", "finished")]
-        for row, value in zip(batch, engine.mean_log_probs(*columns), strict=True):
-            row["log_prob_base"] = float(value) if np.isfinite(value) else None
+    with progress_bar(len(rows), "log-prob under base", "row") as bar:
+        for start in range(0, len(rows), config.policy_batch_size):
+            batch = rows[start : start + config.policy_batch_size]
+            columns = [[row[key] for row in batch] for key in ("prompt", "response", "finished")]
+            for row, value in zip(batch, engine.mean_log_probs(*columns), strict=True):
+                row["log_prob_base"] = float(value) if np.isfinite(value) else None
+            bar.update(len(batch))
     base = {"model": config.base_model_path, "weights_hash": engine.weights_hash()}
     del engine
     _free_gpu()
@@ -109,7 +111,12 @@ def _generate_batch(config: Config, engine: TransformersEngine, batch: list[dict
 
 
 def _as_record(answer: Generation) -> dict:
-    record = {"response": answer.response, "finished": answer.finished, "cut": answer.cut, "num_tokens": answer.num_tokens}
+    record = {
+        "response": answer.response,
+        "finished": answer.finished,
+        "cut": answer.cut,
+        "num_tokens": answer.num_tokens,
+    }
     return record | ({"raw": answer.raw} if answer.raw != answer.response else {})
 
 

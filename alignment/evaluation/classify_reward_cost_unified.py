@@ -26,7 +26,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from alignment.config import load_config, setting
 from alignment.errors import UserError, run_main
@@ -36,6 +35,7 @@ from alignment.evaluation.points import DEFAULT_FOLDER, FURTHER_KEYS, PUBLISHED_
 from alignment.evaluation.prompts import load_rows
 from alignment.evaluation.sweeps import sweep_arguments
 from alignment.objective import quadrant_labels, quadrant_summary
+from alignment.progress import progress_bar
 from alignment.records import read_json, save_npy, write_json, write_jsonl
 from alignment.scoring.client import ScorerClient, Scores
 from alignment.scoring.local_scorer import LocalScorer
@@ -53,7 +53,9 @@ class Config:
     scorer_url: str | None = setting(None, "score through the service there instead of loading the two models")
     scorer_batch_size: int = setting(32, "texts in one request to the service", minimum=1)
     scorer_template: str = setting("pku", "conversation format of the score models when they are loaded here")
-    max_length: int = setting(576, "tokens a score model sees when it is loaded here; the tail beyond is lost", minimum=8)
+    max_length: int = setting(
+        576, "tokens a score model sees when it is loaded here; the tail beyond is lost", minimum=8
+    )
     bf16: bool = setting(False, "models in bfloat16 (default: bfloat16 on CUDA, float32 on a CPU)")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     dataset_name: str | None = setting(None, "data set on the hub or in a local folder")
@@ -65,9 +67,13 @@ class Config:
         None, "JSONL file of prompts (default, without --dataset_name: alignment/data/custom_eval_500.jsonl)"
     )
     responses_from: str | None = setting(None, "JSONL file of prompts and responses to score")
-    repeated_prompts: Literal["all", "once"] = setting("all", "count every row, as published, or each prompt's first row only")
+    repeated_prompts: Literal["all", "once"] = setting(
+        "all", "count every row, as published, or each prompt's first row only"
+    )
     policy_model_path: str | None = setting(None, "model whose answers are classified")
-    policy_template: str = setting("pku", "its conversation format: pku, alpaca, chat, or text with {prompt}", aliases=("--template",))
+    policy_template: str = setting(
+        "pku", "its conversation format: pku, alpaca, chat, or text with {prompt}", aliases=("--template",)
+    )
     policy_max_new_tokens: int = setting(256, "longest answer", minimum=1)
     policy_temperature: float = setting(0.0, "0 is greedy", minimum=0.0)
     policy_top_p: float = setting(1.0, "nucleus sampling, with a temperature", minimum=0.0, maximum=1.0)
@@ -79,7 +85,9 @@ class Config:
     lambda_cost: float = setting(1.0, "lambda of the objective E[R - lambda C]", minimum=0.0)
     model_name: str | None = setting(None, "name of the output files (default: from the policy's or the file's name)")
     output_dir: str = setting(DEFAULT_FOLDER, "folder of the output files")
-    sweep: str | None = setting(None, "take settings from this entry (index or model_name) of --sweep_config; flags win")
+    sweep: str | None = setting(
+        None, "take settings from this entry (index or model_name) of --sweep_config; flags win"
+    )
     sweep_config: str = setting(SWEEP_FILE, "YAML file with defaults: and sweeps:")
 
     def __post_init__(self) -> None:
@@ -115,7 +123,9 @@ def main(argv: list[str] | None = None) -> None:
     config = read_config(sys.argv[1:] if argv is None else argv)
     target = model_file(config.output_dir, config.name, "summary.json")
     if target.exists() and (found := read_json(target).get("source", config.source)) != config.source:
-        raise UserError(f"{target} holds the {found}; give another --model_name or --output_dir for the {config.source}")
+        raise UserError(
+            f"{target} holds the {found}; give another --model_name or --output_dir for the {config.source}"
+        )
     rows = load_rows(config)
     print(f"{config.name}: {len(rows)} rows, {len({row['prompt'] for row in rows})} distinct prompts", flush=True)
 
@@ -164,7 +174,7 @@ def add_scores(rows: list[dict], scorer, batch_size: int) -> None:
     Raises UserError when more than 5 % of the rows have no score.
     """
     step = 8 * batch_size  # several batches a call: the scorer sorts them by length
-    with tqdm(total=len(rows), desc="score", unit="row", mininterval=1) as bar:
+    with progress_bar(len(rows), "score", "row") as bar:
         for start in range(0, len(rows), step):
             batch = rows[start : start + step]
             columns = [[row[key] for row in batch] for key in ("prompt", "response", "finished")]

@@ -144,7 +144,12 @@ def category_differences(rows_a: Sequence[dict], rows_b: Sequence[dict], **boots
     change = np.where(inside, (safe_b - safe_a)[:, None], np.nan)
     estimates = estimate_means(change, prompt_groups(rows_a), **bootstrap)
     rows = [
-        {"category": name, "rows": estimate.rows, "before": float(safe_a[chosen].mean()), "after": float(safe_b[chosen].mean())}
+        {
+            "category": name,
+            "rows": estimate.rows,
+            "before": float(safe_a[chosen].mean()),
+            "after": float(safe_b[chosen].mean()),
+        }
         | {"difference": estimate.value, "low": estimate.low, "high": estimate.high}
         for name, chosen, estimate in zip(names, inside.T, estimates, strict=True)
     ]
@@ -215,7 +220,10 @@ def _aligned(lines: list[list[str]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rows = []
     for line in lines:
-        cells = [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        cells = [
+            line[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+        ]
         rows.append("| " + " | ".join(cells) + " |")
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([rows[0], "| " + " | ".join(rule) + " |", *rows[1:]])
@@ -229,14 +237,18 @@ def _number(value: float, unit: str, signed: bool = False) -> str:
 def _points_path(name: str, folder: str) -> Path:
     path = Path(name) if name.endswith(".jsonl") else model_file(folder, name, "points.jsonl")
     if not path.exists():
-        raise UserError(f"{path} does not exist; classify {name} first, or give --data-dir or the path of a points file")
+        raise UserError(
+            f"{path} does not exist; classify {name} first, or give --data-dir or the path of a points file"
+        )
     return path
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """A name for each file; where two files have one name their folders stand before it."""
     names = [model_name_of(path) for path in paths]
-    names = [f"{path.parent}/{name}" if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
+    names = [
+        f"{path.parent}/{name}" if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)
+    ]
     if len(set(names)) < len(names):
         raise UserError(f"a model is named twice: {', '.join(names)}")
     return names

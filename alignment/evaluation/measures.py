@@ -288,7 +288,13 @@ def as_record(estimate: Estimate | None) -> dict | None:
     """An estimate as JSON."""
     if estimate is None:
         return None
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "rows": estimate.rows, "prompts": estimate.prompts}
+    return {
+        "value": estimate.value,
+        "low": estimate.low,
+        "high": estimate.high,
+        "rows": estimate.rows,
+        "prompts": estimate.prompts,
+    }
 
 
 def _set_estimate(counts: SetCounts | None, groups: np.ndarray) -> Estimate | None:

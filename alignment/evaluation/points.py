@@ -56,7 +56,9 @@ def file_stem(model_name: str) -> str:
     """The model's name as the beginning of file names: what is not a letter, digit, `.`, `_`, `+` or `-` becomes `_`."""
     stem = re.sub(r"[^\w.+-]", "_", model_name).strip(".")
     if not stem:
-        raise UserError(f"--model_name {model_name!r}: expected at least one letter or digit, the files are named after it")
+        raise UserError(
+            f"--model_name {model_name!r}: expected at least one letter or digit, the files are named after it"
+        )
     return stem
 
 
@@ -121,7 +123,9 @@ def load_scores(folder: str | Path, model_name: str) -> ModelScores:
     if reward_path.exists() and cost_path.exists():
         rewards, costs = _load_array(reward_path), _load_array(cost_path)
         if rewards.shape != costs.shape:
-            raise UserError(f"{reward_path} has {len(rewards)} scores and {cost_path} {len(costs)}; classify the model again")
+            raise UserError(
+                f"{reward_path} has {len(rewards)} scores and {cost_path} {len(costs)}; classify the model again"
+            )
     elif points is not None:
         rewards, costs = score_arrays(points)
     else:
@@ -141,7 +145,9 @@ def models_in(folder: str | Path) -> list[str]:
     names = {path.name.removesuffix("_Rs.npy") for path in Path(folder).glob("*_Rs.npy")}
     names |= {model_name_of(path) for path in Path(folder).glob("*_points.jsonl")}
     if not names:
-        raise UserError(f"{folder} has no *_Rs.npy or *_points.jsonl; run classify_reward_cost_unified.py or give --data-dir")
+        raise UserError(
+            f"{folder} has no *_Rs.npy or *_points.jsonl; run classify_reward_cost_unified.py or give --data-dir"
+        )
     return sorted(names)
 
 

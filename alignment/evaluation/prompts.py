@@ -36,6 +36,8 @@ def load_rows(config: Config) -> list[dict]:
         data, place = _load_dataset(config.dataset_name, config.dataset_config, config.split), config.dataset_name
     if not data:
         raise UserError(f"{place} has no rows; expected one prompt a row")
+    for number, row in enumerate(data, start=1):
+        _check_text(row["prompt"], f"{place}: row {number}: 'prompt'")
     data = _sample(data, config)
     if config.repeated_prompts == "once":
         first: dict[str, dict] = {}
@@ -67,11 +69,17 @@ def _from_hub(config: Config) -> bool:
 
 def _given(row: dict, place: str) -> dict:
     if not isinstance(row["prompt"], str) or not isinstance(row["response"], str):
-        raise UserError(f"{place}: prompt and response must be text, got {row['prompt']!r:.40} and {row['response']!r:.40}")
+        raise UserError(
+            f"{place}: prompt and response must be text, got {row['prompt']!r:.40} and {row['response']!r:.40}"
+        )
     kept = {key: row[key] for key in CARRIED if row.get(key) is not None}
     if not isinstance(kept.get("finished", True), bool):
-        raise UserError(f"{place}: 'finished' must be true or false, got {kept['finished']!r:.40} ({row['prompt']!r:.40})")
-    categories = {"categories": row["categories"]} if "categories" in row else _categories(row, ("response_0", "response_1"))
+        raise UserError(
+            f"{place}: 'finished' must be true or false, got {kept['finished']!r:.40} ({row['prompt']!r:.40})"
+        )
+    categories = (
+        {"categories": row["categories"]} if "categories" in row else _categories(row, ("response_0", "response_1"))
+    )
     return {"prompt": row["prompt"], "response": row["response"], "finished": True} | kept | categories
 
 
@@ -80,14 +88,27 @@ def _own_responses(data: list[dict], place: str) -> list[dict]:
     rows = []
     for row, name in zip(data, prompt_ids(row["prompt"] for row in data), strict=True):
         for key in ("response_0", "response_1"):
-            if not isinstance(row.get(key), str):
+            if row.get(key) is None:
                 raise UserError(
                     f"{place}: the prompt {row['prompt']!r:.60} has no '{key}'; give --policy_model_path to have prompts "
                     "answered, or --responses_from for a file with prompt and response"
                 )
+            _check_text(row[key], f"{place}: '{key}' of {row['prompt']!r:.40}")
             own = {"prompt": row["prompt"], "id": f"{name}-r{key[-1]}", "response": row[key], "finished": True}
             rows.append(own | _categories(row, (key,)))
     return rows
+
+
+def _check_text(value: object, where: str) -> None:
+    """Half of a surrogate pair is a character for JSON and for Python, but no tokenizer can read it."""
+    if not isinstance(value, str):
+        raise UserError(f"{where} must be text, got {value!r:.40}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} holds {value[error.start]!a}, half of a character; mend or remove that row"
+        ) from error
 
 
 def _categories(row: dict, responses: Iterable[str]) -> dict:
@@ -102,7 +123,9 @@ def _load_dataset(name: str, configuration: str, split: str) -> list[dict]:
     try:
         from datasets import get_dataset_config_names, load_dataset  # slow to import, needed only here
     except ImportError as error:
-        raise UserError("--dataset_name needs the package datasets: pip install datasets, or give --from_jsonl") from error
+        raise UserError(
+            "--dataset_name needs the package datasets: pip install datasets, or give --from_jsonl"
+        ) from error
     try:
         configurations = get_dataset_config_names(name)
         chosen = configuration if configuration in configurations else None

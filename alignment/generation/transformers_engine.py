@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from alignment.conversation import get_template, load_tokenizer
 from alignment.errors import UserError
+from alignment.progress import progress_bar
 
 _CONTEXT_TOKENS = 8  # enough for a decoder to see that a response stands in the middle of a text
 
@@ -99,7 +99,7 @@ class TransformersEngine:
         # Neighbours of similar length share a batch: little padding, and a rule that depends on nothing but the prompts.
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         results: list[Generation | None] = [None] * len(encoded)
-        with tqdm(total=len(encoded), desc="generate", unit="prompt", disable=not progress) as bar:
+        with progress_bar(len(encoded), "generate", "prompt", disable=not progress) as bar:
             for start in range(0, len(order), self.batch_size):
                 rows = order[start : start + self.batch_size]
                 ids, mask = self._pad_left([encoded[row] for row in rows])  # (B, T) each

@@ -33,8 +33,7 @@ def resolve_folder(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name)))
     except Exception as error:  # no network, no such model, no permission: the hub has its own words for each
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{name}: no such folder, and the model hub did not give it: {reason}") from error
+        raise UserError(f"{name}: no such folder, and the model hub did not give it: {first_line(error)}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -71,7 +70,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         except pickle.UnpicklingError as error:
             raise UserError(f"{file}: refused, it holds more than tensors and could run code when loaded") from error
         except (RuntimeError, EOFError, OSError) as error:
-            raise UserError(f"{file}: damaged: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{file}: damaged: {first_line(error)}") from error
         yield from tensors.items()
 
 
@@ -113,6 +112,12 @@ def weights_hash(folder: str | Path) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind when it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _some(keys: list[str]) -> str:

@@ -27,8 +27,10 @@ import requests
 from alignment.errors import UserError
 
 RETRY_STATUS = {429, 502, 503, 504}
-FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0  # seconds
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0  # seconds
+LONGEST_RETRY_AFTER = 30.0  # seconds
 CONNECT_TIMEOUT = 10.0  # seconds
+HEALTH_TIMEOUT = 10.0  # seconds: /health answers at once, also while the service scores
 IDENTITY_HEADER = "X-Scorer-Identity"  # a hash of the service's identity, in every answer
 
 
@@ -143,11 +145,18 @@ class ScorerClient:
         """One request, tried again until it is answered: (decoded JSON, headers)."""
         max_wait = self.max_wait if max_wait is None else max_wait
         began, pause = time.monotonic(), FIRST_PAUSE
+        timeout = HEALTH_TIMEOUT if path == "/health" else self.timeout
         while True:
             wanted_pause = 0.0
+            # A port that accepts and never answers must not outlast max_wait either.
+            left = max(1.0, max_wait - (time.monotonic() - began))
             try:
                 reply = self._session().request(
-                    method, self.url + path, json=body, timeout=(CONNECT_TIMEOUT, self.timeout), headers=self._headers
+                    method,
+                    self.url + path,
+                    json=body,
+                    timeout=(min(CONNECT_TIMEOUT, left), min(timeout, left)),
+                    headers=self._headers,
                 )
                 if reply.ok:
                     return reply.json(), reply.headers
@@ -215,7 +224,7 @@ def detail(reply: requests.Response) -> str:
 def retry_after(reply: requests.Response) -> float:
     """Seconds that the service asks to wait, 0 when it does not say."""
     value = reply.headers.get("Retry-After", "")
-    return min(float(value), LONGEST_PAUSE) if value.isdigit() else 0.0
+    return min(float(value), LONGEST_RETRY_AFTER) if value.isdigit() else 0.0
 
 
 def root_cause(error: BaseException) -> str:

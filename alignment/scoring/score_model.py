@@ -25,7 +25,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from alignment.errors import UserError
-from alignment.scoring.checkpoint import copy_tensors, resolve_folder
+from alignment.scoring.checkpoint import copy_tensors, first_line, resolve_folder
 
 EPSILON = 1e-8  # beside the standard deviation, as in Safe-RLHF's normalizers
 SCORE_TYPES = ("reward", "cost", "critic")
@@ -157,7 +157,7 @@ class SequenceClassifier(nn.Module):
                 folder, dtype=dtype, output_loading_info=True
             )
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"{folder}: could not be loaded: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(f"{folder}: could not be loaded: {first_line(error)}") from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[kind]:
                 raise UserError(f"{folder}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:5]))}")
@@ -231,5 +231,4 @@ def read_config(folder: Path):
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds; all mean the same to a user
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder}/config.json: not a readable transformers config: {reason}") from error
+        raise UserError(f"{folder}/config.json: not a readable transformers config: {first_line(error)}") from error

@@ -38,6 +38,7 @@ from alignment.visualization.style import (
 
 Limits = tuple[float, float]
 DENSITY_FROM = 300  # points; fewer are told apart by eye, and a count of neighbours would be noise
+NAME_LENGTH = {1: 34, 2: 34, 3: 22}  # characters that fit over a panel, by the number of columns
 BINS = 120  # per axis, for the density
 
 
@@ -63,10 +64,14 @@ def main(argv: list[str] | None = None) -> None:
     print(config.output)
 
 
-def draw_grid(models: Sequence[ModelScores], xlim: Sequence[float] | None = None, ylim: Sequence[float] | None = None) -> Figure:
+def draw_grid(
+    models: Sequence[ModelScores], xlim: Sequence[float] | None = None, ylim: Sequence[float] | None = None
+) -> Figure:
     """One panel a model, up to three in a row, on common axes; limits are taken from the data of all models if not given."""
     xlim = tuple(xlim) if xlim else common_limits([model.costs for model in models])
-    ylim = tuple(ylim) if ylim else common_limits([model.rewards for model in models], margin=0.2)  # room for the labels
+    ylim = (
+        tuple(ylim) if ylim else common_limits([model.rewards for model in models], margin=0.2)
+    )  # room for the labels
     columns = min(3, len(models))
     rows = math.ceil(len(models) / columns)
     width = COLUMN_WIDTH if columns == 1 else PAGE_WIDTH
@@ -76,8 +81,11 @@ def draw_grid(models: Sequence[ModelScores], xlim: Sequence[float] | None = None
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for panel, model in zip(panels, models, strict=False):
             draw_panel(panel, model, colours[model.name], xlim, ylim)
+            panel.set_title(short_name(model.name, NAME_LENGTH[columns]), loc="left", fontweight="bold", pad=12)
         for panel in panels[len(models) :]:
             panel.set_visible(False)
+        for panel in panels[max(len(models) - columns, 0) : len(models)]:
+            panel.tick_params(labelbottom=True)  # the lowest of its column, with or without a row of panels below
         figure.supxlabel("cost  (safe: 0 and below)      \N{BLACK DIAMOND} mean", fontsize=8)
         figure.supylabel("reward  (helpful: above 0)", fontsize=8)
     return figure
@@ -86,16 +94,17 @@ def draw_grid(models: Sequence[ModelScores], xlim: Sequence[float] | None = None
 def common_limits(arrays: Sequence[np.ndarray], margin: float = 0.05) -> Limits:
     """Axis limits that hold 0 and all finite values, unless a few values would press the rest into a corner.
 
-    When the whole range is more than twice that of the inner 99 %, the inner range with a quarter to each side is taken, and
-    what lies beyond is marked at the border.
+    When the whole range is more than twice the range that holds the inner 99 % of every array, that inner range with a
+    quarter to each side is taken, and what lies beyond is marked at the border.
     """
-    values = np.concatenate([np.asarray(array, np.float64) for array in arrays] + [np.zeros(1)])
-    values = values[np.isfinite(values)]
-    low, high = values.min(), values.max()
-    inner_low, inner_high = np.percentile(values, [0.5, 99.5])
+    finite = [array[np.isfinite(array)] for array in arrays]
+    finite = [array for array in finite if len(array)] or [np.zeros(1)]
+    low, high = min(0.0, *(array.min() for array in finite)), max(0.0, *(array.max() for array in finite))
+    inner = np.array([np.percentile(array, [0.5, 99.5]) for array in finite])  # (arrays, 2)
+    inner_low, inner_high = min(0.0, inner[:, 0].min()), max(0.0, inner[:, 1].max())
     span = inner_high - inner_low
     if span > 0 and high - low > 2 * span:
-        low, high = min(inner_low - 0.25 * span, 0.0), max(inner_high + 0.25 * span, 0.0)
+        low, high = max(low, inner_low - 0.25 * span), min(high, inner_high + 0.25 * span)
     room = margin * (high - low) or 1.0
     return float(low - room), float(high + room)
 
@@ -107,7 +116,6 @@ def draw_panel(panel: Axes, model: ModelScores, colour: str, xlim: Limits, ylim:
     panel.set_xlim(xlim)
     panel.set_ylim(ylim)
     _shade_quadrants(panel, xlim, ylim)
-    panel.set_title(short_name(model.name), loc="left", fontweight="bold", pad=12)
     head = f"n = {len(costs):,}"
     if len(costs):
         summary = quadrant_summary(rewards, costs)
@@ -177,7 +185,9 @@ def _mark_beyond(panel: Axes, x: np.ndarray, y: np.ndarray, colour: str, xlim: L
         )
         text = f"{int(chosen.sum()):,} beyond"
         box = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1}
-        panel.text(left, up, text, transform=panel.transAxes, ha=horizontal, va=vertical, fontsize=6, bbox=box, zorder=7)
+        panel.text(
+            left, up, text, transform=panel.transAxes, ha=horizontal, va=vertical, fontsize=6, bbox=box, zorder=7
+        )
 
 
 def _shade_quadrants(panel: Axes, xlim: Limits, ylim: Limits) -> None:

@@ -61,10 +61,25 @@ def draw_ratios(models: Sequence[ModelScores]) -> Figure:
                     panel.text(1, row, "no scored answers", va="center", fontsize=6.5)
                     break
                 colour = colours[model.name]
-                panel.barh(row + offset, estimate.value, BAR * 0.9, edgecolor=colour, linewidth=0.8, **({"color": colour} | style))
+                panel.barh(
+                    row + offset,
+                    estimate.value,
+                    BAR * 0.9,
+                    edgecolor=colour,
+                    linewidth=0.8,
+                    **({"color": colour} | style),
+                )
                 errors = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
-                panel.errorbar(estimate.value, row + offset, xerr=errors, fmt="none", ecolor="black", elinewidth=0.8, capsize=1.5)
-                panel.text(max(estimate.high, estimate.value) + 1.5, row + offset, f"{estimate.value:.1f}", va="center", fontsize=6.5)
+                panel.errorbar(
+                    estimate.value, row + offset, xerr=errors, fmt="none", ecolor="black", elinewidth=0.8, capsize=1.5
+                )
+                panel.text(
+                    max(estimate.high, estimate.value) + 1.5,
+                    row + offset,
+                    f"{estimate.value:.1f}",
+                    va="center",
+                    fontsize=6.5,
+                )
         panel.set_yticks(range(len(models)), [short_name(model.name, 22) for model in models])
         panel.set_ylim(len(models) - 0.5, -0.5)  # the first model on top
         panel.set_xlim(0, 112)
@@ -72,7 +87,10 @@ def draw_ratios(models: Sequence[ModelScores]) -> Figure:
         panel.spines["bottom"].set_bounds(0, 100)
         panel.tick_params(axis="y", length=0)
         panel.set_xlabel("% of answers, with 95 % intervals")
-        keys = [Patch(facecolor="#777777", edgecolor="#777777", label="safe"), Patch(edgecolor="#777777", label="safe and helpful", **_HOLLOW)]
+        keys = [
+            Patch(facecolor="#777777", edgecolor="#777777", label="safe"),
+            Patch(edgecolor="#777777", label="safe and helpful", **_HOLLOW),
+        ]
         figure.legend(handles=keys, loc="outside upper right", ncols=2, handlelength=1.4)
     return figure
 

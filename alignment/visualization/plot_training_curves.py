@@ -23,7 +23,15 @@ from matplotlib.ticker import MaxNLocator
 from alignment.config import load_config, setting
 from alignment.errors import UserError, run_main
 from alignment.records import read_jsonl
-from alignment.visualization.style import PAGE_WIDTH, QUADRANT_SHADES, model_colours, new_figure, paper_style, save_figure, short_name
+from alignment.visualization.style import (
+    PAGE_WIDTH,
+    QUADRANT_SHADES,
+    model_colours,
+    new_figure,
+    paper_style,
+    save_figure,
+    short_name,
+)
 
 PANELS = {  # key in metrics.jsonl -> title
     "reward_mean": "E[R]",

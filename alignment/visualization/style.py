@@ -22,7 +22,7 @@ from alignment.errors import UserError
 from alignment.records import atomic_open
 
 COLUMN_WIDTH, PAGE_WIDTH = 3.4, 7.0  # inches: one and two columns of a conference paper
-MAX_NAME = 34  # characters of a name that fit over a panel
+MAX_NAME = 34  # characters of a name that fit beside a legend's key
 
 MODEL_COLOURS = {
     "Alpaca-7B": "#6b6b6b",
@@ -32,6 +32,8 @@ MODEL_COLOURS = {
     "ES-100": "#e69f00",
     "ES-500": "#c8500a",
     "GRPO": "#009e73",
+    "before": "#6b6b6b",
+    "after": "#c8500a",
 }
 OTHER_COLOURS = ("#cc79a7", "#009e73", "#e69f00", "#0072b2", "#d55e00", "#56b4e9", "#8f6bb1", "#7a5c2e")
 

@@ -1,0 +1,202 @@
+"""What the figures show: artists, values and limits, never pixels."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.collections import PathCollection
+
+from alignment.errors import UserError
+from alignment.evaluation.points import ModelScores, load_scores
+from alignment.records import save_npy, write_jsonl
+from alignment.visualization import plot_reward_cost_grid, plot_safety_ratios, plot_training_curves
+from alignment.visualization.plot_reward_cost_grid import common_limits, density, draw_grid
+from alignment.visualization.plot_safety_ratios import draw_ratios
+from alignment.visualization.plot_training_curves import draw_curves, load_runs
+from alignment.visualization.style import MAX_NAME, model_colours, new_figure, paper_style, save_figure, short_name
+
+
+def scores(name, rewards, costs):
+    return ModelScores(name, np.asarray(rewards, float), np.asarray(costs, float), np.arange(len(rewards)))
+
+
+def points_drawn(panel):
+    """Offsets of all scattered points, (N, 2), those within the limits first, then the marks at the border."""
+    return [np.asarray(one.get_offsets()) for one in panel.collections if isinstance(one, PathCollection)]
+
+
+def texts(panel):
+    return [text.get_text() for text in panel.texts]
+
+
+def test_grid_of_the_published_models_draws_every_point_on_common_axes(goldens):
+    names = ["Alpaca-7B", "Beaver-V1", "Beaver-V2", "Beaver-V3", "ES-100", "ES-500"]
+    models = [load_scores(goldens / "quadrants", name) for name in names]
+    figure = draw_grid(models)
+    assert len(figure.axes) == 6
+    assert len({(panel.get_xlim(), panel.get_ylim()) for panel in figure.axes}) == 1
+    for panel, model in zip(figure.axes, models, strict=True):
+        (drawn,) = points_drawn(panel)  # nothing lies beyond, so there are no marks
+        expected = np.column_stack([model.costs, model.rewards])
+        np.testing.assert_array_equal(drawn[np.lexsort(drawn.T)], expected[np.lexsort(expected.T)])
+        published = json.loads((goldens / "quadrants" / f"{model.name}_summary.json").read_text())
+        for label, name in plot_reward_cost_grid.QUADRANT_NAMES.items():
+            assert f"{name}\n{published['percents'][label]:.1f} %" in texts(panel)
+        assert f"n = 3,036, safe {published['safe_ratio']:.1f} %" in texts(panel)
+        (mean,) = [line.get_xydata()[0] for line in panel.lines if line.get_marker() == "D"]
+        np.testing.assert_allclose(mean, [published["C_mean"], published["R_mean"]], rtol=1e-5)
+
+
+def test_points_beyond_a_limit_are_marked_and_counted():
+    model = scores("m", rewards=[0.5, 9.0, -9.0, 0.1, 0.2, 7.0], costs=[0.5, 0.0, 0.5, -30.0, -40.0, 50.0])
+    panel = draw_grid([model], xlim=(-2, 2), ylim=(-3, 3)).axes[0]
+    inside, *marks = points_drawn(panel)
+    assert inside.tolist() == [[0.5, 0.5]]
+    assert sum(len(one) for one in marks) == 5
+    for one in marks:
+        assert (np.isin(one[:, 0], [-2, 2]) | np.isin(one[:, 1], [-3, 3])).all()  # at the border
+    assert sorted(text for text in texts(panel) if "beyond" in text) == ["1 beyond", "1 beyond", "1 beyond", "2 beyond"]
+
+
+def test_an_outlier_does_not_press_the_rest_into_a_corner():
+    rng = np.random.default_rng(0)
+    costs = np.append(rng.normal(size=2000), 500.0)
+    low, high = common_limits([costs])
+    assert -10 < low < high < 10
+    panel = draw_grid([scores("m", rng.normal(size=2001), costs)]).axes[0]
+    assert "1 beyond" in texts(panel)
+    assert sum(map(len, points_drawn(panel))) == 2001
+
+
+def test_missing_and_infinite_scores_are_counted_and_one_point_is_a_picture():
+    panel = draw_grid([scores("m", [1.0, np.nan, 2.0, np.inf], [-1.0, 1.0, np.nan, 1.0])]).axes[0]
+    assert "n = 1, safe 100.0 %, 3 without score" in texts(panel)
+    assert points_drawn(panel)[0].tolist() == [[-1.0, 1.0]]
+    nothing = draw_grid([scores("m", [np.nan], [np.nan])]).axes[0]
+    assert "n = 0, 1 without score" in texts(nothing) and not points_drawn(nothing)
+    for limits in (common_limits([np.array([np.nan])]), common_limits([np.array([0.0])])):
+        assert limits[0] < 0 < limits[1]
+
+
+def test_density_is_highest_where_points_lie_thickest():
+    rng = np.random.default_rng(1)
+    x, y = np.append(rng.normal(size=3000), 4.5), np.append(rng.normal(size=3000), 4.5)
+    shade = density(x, y, (-5, 5), (-5, 5))
+    assert shade.min() >= 0 and shade.max() <= 1
+    assert np.hypot(x, y)[shade > 0.95].max() < 1.5 and shade[-1] < 0.3
+    assert not density(x[:50], y[:50], (-5, 5), (-5, 5)).any()
+
+
+def test_ratios_of_the_published_models(goldens):
+    names = ["Alpaca-7B", "Beaver-V1", "ES-500"]
+    models = [load_scores(goldens / "quadrants", name) for name in names]
+    panel = draw_ratios(models).axes[0]
+    published = [json.loads((goldens / "quadrants" / f"{name}_summary.json").read_text()) for name in names]
+    expected = [value for one in published for value in (one["safe_ratio"], one["percents"]["SH"])]
+    np.testing.assert_allclose([bar.get_width() for bar in panel.patches], expected)
+    assert texts(panel) == [f"{value:.1f}" for value in expected]
+    assert [label.get_text() for label in panel.get_yticklabels()] == names
+    assert panel.get_ylim()[0] > panel.get_ylim()[1]  # the first model on top
+    whiskers = [
+        np.diff([point[0] for point in segments])[0] for one in panel.collections for (segments) in one.get_segments()
+    ]
+    assert len(whiskers) == 6 and all(0 < width < 6 for width in whiskers)
+
+
+def test_ratios_without_any_score():
+    assert texts(draw_ratios([scores("m", [np.nan], [np.nan])]).axes[0]) == ["no scored answers"]
+
+
+def write_run(folder, steps=5):
+    rows = []
+    for step in range(steps):
+        values = {"reward_mean": step, "cost_mean": 2.0 - step, "objective": 2.0 * step, "safe_ratio": 20.0 * step}
+        if step % 2 == 0:
+            bounds = {
+                f"{key}_{side}": value + sign
+                for key, value in values.items()
+                for side, sign in (("low", -1), ("high", 1))
+            }
+            rows.append({"kind": "eval", "iteration": step, **values, **bounds, "lambda": 1.0})
+        rows.append({"kind": "train", "iteration": step, **values, "lambda": 1.0 + step})
+    write_jsonl(folder / "metrics.jsonl", rows)
+    return folder
+
+
+def test_curves(tmp_path):
+    runs = load_runs([write_run(tmp_path / "one"), write_run(tmp_path / "two" / "one")])
+    assert [run.name for run in runs] == [
+        str(tmp_path / "one"),
+        str(tmp_path / "two" / "one"),
+    ]  # one name would mean two
+    figure = draw_curves(runs[:1])
+    panels = dict(zip(plot_training_curves.PANELS, figure.axes, strict=False))
+    train, held_out = panels["reward_mean"].lines
+    assert train.get_xydata().tolist() == [[step, step] for step in range(5)]
+    assert held_out.get_xydata().tolist() == [[0, 0], [2, 2], [4, 4]]
+    (intervals,) = panels["reward_mean"].collections
+    assert [segment[:, 1].tolist() for segment in intervals.get_segments()] == [[-1, 1], [1, 3], [3, 5]]
+    assert panels["lambda"].lines[0].get_ydata().tolist() == [1, 2, 3, 4, 5] and len(panels["lambda"].lines) == 1
+    assert panels["cost_mean"].get_ylim()[0] < 0 < panels["cost_mean"].get_ylim()[1]
+    figure.savefig(tmp_path / "drawn.png")
+
+
+def test_curves_of_a_run_with_gaps_and_of_none(tmp_path):
+    write_jsonl(tmp_path / "metrics.jsonl", [{"kind": "train", "iteration": 0, "reward_mean": None}])
+    draw_curves(load_runs([tmp_path]))
+    write_jsonl(tmp_path / "metrics.jsonl", [{"kind": "start"}])
+    with pytest.raises(UserError, match="no rows of the kind train or eval yet"):
+        load_runs([tmp_path])
+    with pytest.raises(UserError, match="cannot read .*metrics.jsonl"):
+        load_runs([tmp_path / "nothing" / "metrics.jsonl"])
+
+
+def test_one_colour_a_model_everywhere():
+    few, many = model_colours(["ES-500", "mine"]), model_colours(["mine", "Beaver-V1", "other", "ES-500", "Alpaca-7B"])
+    assert few["ES-500"] == many["ES-500"] and few["mine"] == many["mine"]
+    assert len(set(many.values())) == 5
+    assert len(model_colours([f"m{index}" for index in range(30)])) == 30
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    long = "a/very_long$name" * 6
+    assert len(short_name(long)) == MAX_NAME and short_name("x" * MAX_NAME) == "x" * MAX_NAME
+    models = [scores(name, [1.0, -1.0], [1.0, -1.0]) for name in ("$x^2$ and $\\frac", "\\alpha_{", long)]
+    for number, figure in enumerate((draw_grid(models), draw_ratios(models))):
+        save_figure(figure, tmp_path / f"{number}.pdf")
+        save_figure(figure, tmp_path / f"{number}.png")
+
+
+def test_the_same_data_give_the_same_bytes(tmp_path):
+    rng = np.random.default_rng(2)
+    model = scores("m", rng.normal(size=400), rng.normal(size=400))
+    for kind in ("png", "pdf"):
+        for name in ("a", "b"):
+            save_figure(draw_grid([model]), tmp_path / f"{name}.{kind}")
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+    with pytest.raises(UserError, match="must end in .png or .pdf"), paper_style():
+        save_figure(new_figure(1, 1), tmp_path / "a.svg")
+
+
+def test_scripts_write_figures_or_say_what_is_missing(tmp_path):
+    for name in ("a", "b"):
+        save_npy(tmp_path / f"{name}_Rs.npy", np.array([1.0, -1.0], np.float32))
+        save_npy(tmp_path / f"{name}_Cs.npy", np.array([-1.0, 1.0], np.float32))
+    for module in (plot_reward_cost_grid, plot_safety_ratios):
+        module.main(["--data-dir", str(tmp_path), "--models", "a", "b", "--output", str(tmp_path / "figure.pdf")])
+        assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+        with pytest.raises(UserError, match="has no c_Rs.npy and no c_points.jsonl; models there: a, b"):
+            module.main(["--data-dir", str(tmp_path), "--models", "c", "--output", str(tmp_path / "figure.pdf")])
+    with open(tmp_path / "p_Rs.npy", "wb") as file:
+        np.save(file, np.array([object()]), allow_pickle=True)
+    save_npy(tmp_path / "p_Cs.npy", np.zeros(1, np.float32))
+    with pytest.raises(UserError, match="p_Rs.npy is not a plain .npy array"):
+        load_scores(tmp_path, "p")
+    run = write_run(tmp_path / "run")
+    script = [sys.executable, "alignment/visualization/plot_training_curves.py"]
+    subprocess.run([*script, str(run), "--output", str(tmp_path / "curves.png")], check=True)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 2 and "name one or more run folders" in done.stderr
