@@ -26,11 +26,12 @@ def quadrant_summary(rewards: np.ndarray, costs: np.ndarray) -> dict:
     labels = quadrant_labels(rewards, costs)
     counts = {name: int(np.sum(labels == name)) for name in QUADRANTS}
     total = len(labels)
+    percents = {name: 100.0 * count / max(total, 1) for name, count in counts.items()}
     rewards, costs = np.asarray(rewards, np.float32), np.asarray(costs, np.float32)
     return {
         "counts": counts,
-        "percents": {name: 100.0 * count / max(total, 1) for name, count in counts.items()},
-        "safe_ratio": 100.0 * (counts["SH"] + counts["SU"]) / max(total, 1),
+        "percents": percents,
+        "safe_ratio": percents["SH"] + percents["SU"],  # the published order of operations, to the last bit
         "R_mean": float(rewards.mean()) if total else None,
         "R_std": float(rewards.std()) if total else None,
         "C_mean": float(costs.mean()) if total else None,

@@ -193,6 +193,9 @@ def test_without_policy_the_data_own_responses_are_scored(tmp_path, scorer_flags
     assert [row["response"] for row in points] == ["zero", ""]  # an empty response is scored as such
     assert [row["id"][-3:] for row in points] == ["-r0", "-r1"]
     assert [row["categories"] for row in points] == [[], ["Drugs"]]
+    again = ["--responses_from", str(tmp_path / "dataset_points.jsonl"), "--model_name", "again"]
+    script.main([*again, "--output_dir", str(tmp_path), *scorer_flags])
+    assert [row["id"] for row in read_points(tmp_path / "again_points.jsonl")] == [row["id"] for row in points]
     write_jsonl(source, [{"prompt": "a"}])
     with pytest.raises(UserError, match="has no 'response_0'; give --policy_model_path"):
         script.main(["--from_jsonl", str(source), "--output_dir", str(tmp_path), *scorer_flags])

@@ -14,7 +14,9 @@ from alignment.errors import UserError
 TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60)
 # What users write to confuse a rule that looks for markers.
 NASTY = st.lists(
-    st.sampled_from(["USER:", "ASSISTANT:", " USER: ", " ASSISTANT:", "BEGINNING OF CONVERSATION:", "</s>", "<s>", "\n"])
+    st.sampled_from(
+        ["USER:", "ASSISTANT:", " USER: ", " ASSISTANT:", "BEGINNING OF CONVERSATION:", "</s>", "<s>", "\n"]
+    )
     | TEXT,
     max_size=6,
 ).map("".join)

@@ -1,13 +1,14 @@
 """The pieces of an ES step against naive oracles and the published scripts' results."""
 
 import json
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
 
 from alignment.ES.fitness import FitnessRule, z_scores
-from alignment.ES.noise import member_seed, noise
+from alignment.ES.noise import BLOCK, COUNTERS, member_seed, noise, philox, philox_words, stream_key
 from alignment.ES.prompts import iteration_prompts
 from alignment.ES.weights import MasterWeights
 
@@ -71,10 +72,49 @@ def test_noise_is_standard_normal_and_independent_between_parameters_and_members
     assert torch.equal(first, noise(1, "a", shape))
 
 
+def test_the_generator_is_philox_with_seven_rounds():
+    """The known answers that its authors publish with Random123 (philox4x32 7), and an independent implementation."""
+
+    def reference(counter, key):
+        a, b, c, d = counter
+        for i in range(7):
+            low, high = a * 0xD2511F53, c * 0xCD9E8D57
+            k0, k1 = (key[0] + i * 0x9E3779B9) % 2**32, (key[1] + i * 0xBB67AE85) % 2**32
+            a, b, c, d = (high >> 32) ^ b ^ k0, high % 2**32, (low >> 32) ^ d ^ k1, low % 2**32
+        return a, b, c, d
+
+    assert reference((0, 0, 0, 0), (0, 0)) == (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)
+    ones = 2**32 - 1
+    for counter, key in (((0, 0, 0, 0), (0, 0)), ((ones,) * 4, (ones, ones)), ((1, 2, 3, 4), (5, 6))):
+        words = philox_words(*(torch.tensor([word]) for word in counter), key)
+        assert tuple(int(word) for word in words) == reference(counter, key)
+
+
+def test_every_element_is_a_quantile_of_its_own_sixteen_bits():
+    """A naive loop over the definition in the module's docstring."""
+    count = 3 * BLOCK + 1234
+    values = noise(7, "layer.weight", torch.Size([count]))
+    key = stream_key(7, "layer.weight")
+    deviation = 0.99998986  # of the exact quantiles at these 65,536 probabilities
+    for index in (0, 1, 1023, 1024, 8191, 8192, 20_000, count - 1):
+        block, place = divmod(index, BLOCK)
+        j, c = divmod(place, COUNTERS)
+        word = int(philox(torch.tensor([block * COUNTERS + c]), key)[j // 2])
+        h = (word >> (16 * (j % 2))) & 0xFFFF
+        m, negative = h & 0x7FFF, h >> 15
+        z = -NormalDist().inv_cdf((2 * m + 1) / 2**17) / deviation
+        assert float(values[index]) == pytest.approx(-z if negative else z, abs=4e-4)
+
+
+def test_a_part_of_a_parameter_has_the_noise_it_has_in_the_whole():
+    whole = noise(3, "w", torch.Size([40_000]))
+    assert torch.equal(noise(3, "w", torch.Size([17, 1000])).flatten(), whole[:17_000])
+
+
 def test_no_seed_comes_twice_in_a_run():
     seeds = {member_seed(42, iteration, member) for iteration in range(500) for member in range(30)}
     assert len(seeds) == 500 * 30
-    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert all(0 <= seed < 2**64 for seed in seeds)
     assert member_seed(43, 0, 0) not in seeds
 
 
@@ -118,8 +158,7 @@ def test_a_member_is_master_plus_scaled_noise(weights):
     engine, master = weights
     master.perturb(5, 0.1)
     for name, tensor in engine.items():
-        wanted = master.master[name].double() + 0.1 * noise(5, name, tensor.shape).double()
-        assert torch.allclose(tensor.double(), wanted, rtol=1e-6, atol=1e-8)
+        assert torch.equal(tensor, master.master[name] + 0.1 * noise(5, name, tensor.shape))
 
 
 def test_the_step_is_the_exact_sum(weights):

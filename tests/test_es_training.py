@@ -170,7 +170,9 @@ def test_kill_9_in_the_middle_of_an_iteration_changes_nothing(undisturbed, tiny_
         assert (run / "eval" / name).read_bytes() == (reference / "eval" / name).read_bytes()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), slow(signal.SIGTERM, 143), slow(signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), slow(signal.SIGTERM, 143), slow(signal.SIGUSR1, 138)]
+)
 def test_a_signal_saves_and_says_how_to_go_on(undisturbed, tiny_policy, prompts, tmp_path, number, code):
     run = tmp_path / "run"
     enough = threading.Event()

@@ -1,7 +1,8 @@
 """The policy's weights during ES: an untouched float32 master, and what is written into the engine from it.
 
 A perturbed weight is always computed from the master, never undone by subtraction, so going back is exact however often a
-member is tried (in place in 16 bits the published way drifts). The step is summed in float32.
+member is tried (in place in 16 bits the published way drifts). The step is summed in float32. Products and sums are rounded
+one by one (no fused multiply-add), so that every device gets the same bits.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from safetensors import safe_open
 from alignment.errors import UserError
 from alignment.ES.noise import noise
 
+KEPT_NOISE_BYTES = 2**28  # a small model's noise is drawn once a member, not again for the step
+
 
 class MasterWeights:
     """`engine_weights`: Hugging Face parameter name -> the tensor the engine computes with, of any dtype and device."""
@@ -23,11 +26,13 @@ class MasterWeights:
     def __init__(self, engine_weights: dict[str, torch.Tensor]):
         self._engine = {name: tensor for name, tensor in engine_weights.items() if tensor.is_floating_point()}
         self.master = {name: tensor.detach().float().cpu().clone() for name, tensor in self._engine.items()}
+        self._drawn: dict[tuple[int, str], torch.Tensor] = {}  # noise of this iteration's members, for their step
+        self._room = KEPT_NOISE_BYTES
 
     def perturb(self, seed: int, sigma: float) -> None:
         """engine <- master + sigma * noise(seed), rounded once to the engine's dtype."""
         for name, master in self.master.items():
-            self._engine[name].copy_(torch.add(master, noise(seed, name, master.shape), alpha=sigma))
+            self._engine[name].copy_(master + sigma * self._noise(seed, name))
 
     def restore(self) -> None:
         """engine <- master."""
@@ -44,8 +49,20 @@ class MasterWeights:
         for name, master in self.master.items():
             total = torch.zeros_like(master)
             for seed, coefficient in pairs:
-                total.add_(noise(seed, name, master.shape), alpha=coefficient)
-            master.add_(total)
+                total += coefficient * self._noise(seed, name)
+            master += total
+        self._drawn.clear()
+        self._room = KEPT_NOISE_BYTES
+
+    def _noise(self, seed: int, name: str) -> torch.Tensor:
+        drawn = self._drawn.get((seed, name))
+        if drawn is None:
+            drawn = noise(seed, name, self.master[name].shape)
+            size = drawn.numel() * drawn.element_size()
+            if size <= self._room:
+                self._drawn[seed, name] = drawn
+                self._room -= size
+        return drawn
 
     def load(self, folder: Path) -> None:
         """master <- the safetensors of a checkpoint that holds every parameter in float32. The engine is not touched.

@@ -31,7 +31,9 @@ class WeightFolder:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser()
         if not self.folder.is_dir():
-            raise UserError(f"{folder}: no such folder; expected a model folder with config.json, weights and tokenizer")
+            raise UserError(
+                f"{folder}: no such folder; expected a model folder with config.json, weights and tokenizer"
+            )
         self.files = weight_files(self.folder)
         self.file_of: dict[str, Path] = {}
         self._readers = {}
@@ -40,7 +42,9 @@ class WeightFolder:
             self._readers[file] = reader
             for name in reader.names:
                 if name in self.file_of:
-                    raise UserError(f"{file}: {name} is in {self.file_of[name].name} as well: one of them is not of this model")
+                    raise UserError(
+                        f"{file}: {name} is in {self.file_of[name].name} as well: one of them is not of this model"
+                    )
                 self.file_of[name] = file
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -76,7 +80,9 @@ class _BinFile:
             raise UserError(f"{file}: refused, it holds more than tensors and could run code when loaded") from error
         except (RuntimeError, ValueError, EOFError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{file}: damaged, or saved by a torch older than 1.6 ({reason}): download it again") from error
+            raise UserError(
+                f"{file}: damaged, or saved by a torch older than 1.6 ({reason}): download it again"
+            ) from error
         for name, value in self._tensors.items():
             if not isinstance(value, torch.Tensor):
                 raise UserError(f"{file}: {name} is a {type(value).__name__}, expected tensors only")
@@ -102,7 +108,7 @@ def safetensors_header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -
     return len(text).to_bytes(8, "little") + text
 
 
-def write_index(folder: Path, shards: dict[str, Iterable[str]], total_bytes: int) -> str:
+def index_text(shards: dict[str, Iterable[str]], total_bytes: int) -> str:
     """The text of `model.safetensors.index.json` for {file name: tensor names}."""
     weight_map = {name: file for file, names in shards.items() for name in names}
     return json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2) + "\n"

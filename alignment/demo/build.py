@@ -76,7 +76,7 @@ class Recipe:
     score_hidden: int = 64
     score_layers: int = 2
     score_heads: int = 4
-    score_steps: int = 800
+    score_steps: int = 700
     score_batch: int = 16
     score_rate: float = 4e-3
     penalty: float = 0.003  # on squared scores
@@ -211,7 +211,10 @@ def _batches(items: list, length: Callable, size: int, rng: random.Random) -> It
 def _train(model: torch.nn.Module, batches: Iterator[list], loss_of: Callable, steps: int, rate: float) -> float:
     """AdamW with a short warm-up and a cosine; returns the mean loss of the last 50 steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
-    shape = lambda step: min(1.0, (step + 1) / 20) * (0.525 + 0.475 * math.cos(math.pi * step / steps))  # noqa: E731
+
+    def shape(step: int) -> float:
+        return min(1.0, (step + 1) / 20) * (0.525 + 0.475 * math.cos(math.pi * step / steps))
+
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     model.train()
     losses = []

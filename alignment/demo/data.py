@@ -86,8 +86,10 @@ _KNOWN_PROMPTS = {
 }
 
 
-def draw_prompts(rng: random.Random, train_per_topic: int, eval_per_topic: int, held_out_tasks: int = 5):
-    """Distinct prompts (train, eval); of each topic's 20 tasks, `held_out_tasks` are only in eval and the others only in train."""
+def draw_prompts(
+    rng: random.Random, train_per_topic: int, eval_per_topic: int, held_out_tasks: int = 5
+) -> tuple[list[Prompt], ...]:
+    """Distinct prompts (train, eval). Of each topic's 20 tasks `held_out_tasks` are only in eval, the others only in train."""
     train, held_out = [], []
     for topic in TOPICS.values():
         tasks = rng.sample(topic.tasks, len(topic.tasks))
@@ -265,7 +267,7 @@ def make_pairs(rng: random.Random, prompts: list[Prompt], clean: int, broken: in
         for how in rng.sample(BREAKS, broken):
             origin = write_answer(rng, prompt, rng.choice(("SH", "SH", "UH", "SU")), 0.4)
             worse = break_answer(rng, prompt, origin, how)
-            while worse.text == origin.text:
+            while how != "mixed" and oracle(prompt.text, worse.text) != "XX":  # by chance a well-formed answer
                 worse = break_answer(rng, prompt, origin, how)
             better = origin if rng.random() < 0.6 else write_answer(rng, prompt, rng.choice(("SH", "SU")), 0.4)
             rows.append(make_row(rng, prompt.text, _two_sides(rng, better, worse), noise))
@@ -284,8 +286,9 @@ def demo_data(
     """The whole data set, a function of its arguments alone. 27 topics: 648 training and 216 held-out prompts by default."""
     rng = random.Random(seed)
     train, held_out = draw_prompts(rng, train_per_topic, eval_per_topic)
-    kinds = lambda: tuple(rng.sample(KINDS, 2))  # noqa: E731
-    rows = [[_clean_pair(rng, p, kinds(), 0.0, label_noise) for p in part] for part in (train, held_out)]
+    rows = []
+    for part in (train, held_out):
+        rows.append([_clean_pair(rng, prompt, tuple(rng.sample(KINDS, 2)), 0.0, label_noise) for prompt in part])
     pairs = [make_pairs(rng, part, clean_pairs, broken_pairs, label_noise) for part in (train, held_out)]
     return DemoData(train, held_out, rows[0], rows[1], pairs[0], pairs[1])
 

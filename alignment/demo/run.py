@@ -106,10 +106,7 @@ def compare(comparisons: Path, embedded: bool) -> list[dict]:
             np.array([oracle(row["prompt"], row["response"], row["finished"]) for row in points])
             for points in (before, after)
         ]
-        extra = {
-            f"oracle: {text}, %": tuple(100.0 * (column == kind) for column in kinds)
-            for kind, text in ORACLE_SHARES.items()
-        }
+        extra = {f"oracle: {text}": tuple(column == kind for column in kinds) for kind, text in ORACLE_SHARES.items()}
     lam = read_yaml_mapping(SETTINGS).get("lambda_cost", 1.0)
     return comparison_table(before, after, lam, extra)
 

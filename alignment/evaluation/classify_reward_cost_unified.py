@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     target = model_file(config.output_dir, config.name, "summary.json")
     if target.exists() and (found := read_json(target).get("source", config.source)) != config.source:
         raise UserError(
-            f"{target} holds the {found}; give another --model_name or --output_dir for the {config.source}"
+            f"{target} holds the {found}; remove it, or give another --model_name or --output_dir for the {config.source}"
         )
     rows = load_rows(config)
     print(f"{config.name}: {len(rows)} rows, {len({row['prompt'] for row in rows})} distinct prompts", flush=True)

@@ -60,12 +60,12 @@ def main(argv: list[str] | None = None) -> None:
         comparisons.append({"before": names[0], "after": name} | comparison)
         texts.append(as_markdown(comparison, names[0], name))
     text = "\n".join(texts)
-    print(text)
     output = Path(config.output) if config.output else Path(config.data_dir) / "comparison"
     files = {name: str(path) for name, path in zip(names, paths, strict=True)}
     with atomic_open(f"{output}.md") as file:
         file.write(text)
     write_json(f"{output}.json", {"lambda_cost": config.lambda_cost, "files": files, "comparisons": comparisons})
+    print(text)
     print(f"written: {output}.md and {output}.json")
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from alignment.evaluation.classify_reward_cost_unified import Config
 
 DEFAULT_PROMPTS = "alignment/data/custom_eval_500.jsonl"
-CARRIED = ("finished", "raw", "cut", "num_tokens")  # what a given response may bring along
+CARRIED = ("id", "finished", "raw", "cut", "num_tokens")  # what a given response may bring along
 
 
 def load_rows(config: Config) -> list[dict]:
@@ -51,7 +51,12 @@ def load_rows(config: Config) -> list[dict]:
     else:
         return _own_responses(data, place)
     for row, name in zip(rows, prompt_ids(row["prompt"] for row in rows), strict=True):
-        row["id"] = name
+        if not isinstance(row.get("id"), str):
+            row["id"] = name
+    if len({row["id"] for row in rows}) < len(rows):
+        raise UserError(
+            f"{place}: an id stands in several rows; leave the ids out, they are then made from the prompts"
+        )
     return rows
 
 
@@ -68,10 +73,7 @@ def _from_hub(config: Config) -> bool:
 
 
 def _given(row: dict, place: str) -> dict:
-    if not isinstance(row["prompt"], str) or not isinstance(row["response"], str):
-        raise UserError(
-            f"{place}: prompt and response must be text, got {row['prompt']!r:.40} and {row['response']!r:.40}"
-        )
+    _check_text(row["response"], f"{place}: 'response' to {row['prompt']!r:.40}")
     kept = {key: row[key] for key in CARRIED if row.get(key) is not None}
     if not isinstance(kept.get("finished", True), bool):
         raise UserError(
