@@ -171,14 +171,16 @@ def load_tokenizer(folder: str | Path, reference: bool = False):
         tokenizer = kind.from_pretrained(str(folder))
     except Exception as error:  # transformers raises many kinds; all mean the same to a user
         reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{folder}: no tokenizer could be loaded (tokenizer.json, tokenizer.model): {reason}"
-        ) from error
+        if (Path(folder) / "tokenizer.model").is_file():
+            reason += " (a tokenizer.model alone needs: pip install sentencepiece protobuf)"
+        raise UserError(f"{folder}: no tokenizer could be loaded: {reason}") from error
     settings = Path(folder) / "tokenizer_config.json"
-    if getattr(tokenizer, "legacy", None) is False and settings.is_file():
+    if hasattr(tokenizer, "legacy") and settings.is_file():
         # A LLaMA folder older than the key `legacy` means legacy, though transformers 5.x assumes the opposite.
         # Folders written by 5.x (they say `backend`) leave the key out too and mean what 5.x assumes.
-        tokenizer.legacy = not {"legacy", "backend"} & json.loads(settings.read_text(encoding="utf-8")).keys()
+        said = json.loads(settings.read_text(encoding="utf-8")).keys()
+        tokenizer.legacy = tokenizer.legacy or not {"legacy", "backend"} & said
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # so that a saved copy says it and gives the same ids
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: the tokenizer names no eos_token, which marks a finished response")
     return tokenizer

@@ -2,6 +2,8 @@
 
 One update follows the published scripts: J_C = mean(C) + d, its positive part when `lambda_pos_cost_only` (then lambda can
 never fall), smoothed to an exponential moving average, and ln(lambda) += lr * EMA, clipped to [lambda_min, lambda_max].
+With `rule="safe_rlhf"` it is ln(lambda) += lr * lambda * EMA, the gradient step of the Safe-RLHF paper (arXiv 2310.12773,
+appendix B): slower where lambda is small.
 There is one lambda a run: `update` is called once an iteration (ES) or generation batch (GRPO) with the costs of all
 processes, never in evaluation, and its state is part of every checkpoint.
 """
@@ -26,6 +28,7 @@ class LagrangeMultiplier:
     positive_part: bool = True
     ema_beta: float = 0.9
     threshold_d: float = 0.0
+    rule: str = "published"
     cost_ema: float | None = None
 
     def update(self, costs: np.ndarray) -> dict[str, float | None]:
@@ -45,7 +48,8 @@ class LagrangeMultiplier:
             self.cost_ema = violation
         else:
             self.cost_ema = self.ema_beta * self.cost_ema + (1.0 - self.ema_beta) * violation
-        log_value = math.log(max(self.value, _SMALLEST)) + self.learning_rate * self.cost_ema
+        rate = self.learning_rate * (self.value if self.rule == "safe_rlhf" else 1.0)
+        log_value = math.log(max(self.value, _SMALLEST)) + rate * self.cost_ema
         self.value = float(np.clip(np.exp(log_value), self.minimum, self.maximum))
         return {"cost_violation": violation, "cost_ema": self.cost_ema, "lambda": self.value}
 

@@ -39,6 +39,8 @@ def pair(case):
 
 @pytest.mark.parametrize("folder", ["reward", "tokenizer_slow"])
 def test_ids_are_those_of_the_slow_tokenizer(goldens, cases, folder):
+    if folder == "tokenizer_slow":
+        pytest.importorskip("sentencepiece")
     tokenizer, template = load_tokenizer(goldens / "score_model" / folder), get_template("pku")
     assert len(cases) == 52
     for case in cases:
@@ -47,6 +49,16 @@ def test_ids_are_those_of_the_slow_tokenizer(goldens, cases, folder):
         assert not encoded.truncated
         assert encoded.ids == template.encode_whole(tokenizer, case["text"]).ids, case["id"]
         assert encoded.prompt_length == len(template.encode_prompt(tokenizer, pair(case)[0])), case["id"]
+
+
+@pytest.mark.parametrize("folder", ["reward", "tokenizer_slow"])
+def test_a_saved_copy_of_a_tokenizer_gives_the_same_ids(goldens, cases, folder, tmp_path):
+    if folder == "tokenizer_slow":
+        pytest.importorskip("sentencepiece")
+    load_tokenizer(goldens / "score_model" / folder).save_pretrained(str(tmp_path))
+    tokenizer, template = load_tokenizer(tmp_path), get_template("pku")
+    for case in cases:
+        assert template.encode_conversation(tokenizer, *pair(case)).ids == case["input_ids_slow"], case["id"]
 
 
 def test_reference_ids(goldens, cases):

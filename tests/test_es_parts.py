@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from alignment.ES.fitness import FitnessRule, z_scores
+from alignment.ES.fitness import FitnessRule, shape, usable_scores, z_scores
 from alignment.ES.noise import BLOCK, COUNTERS, member_seed, noise, philox, philox_words, stream_key
 from alignment.ES.prompts import iteration_prompts
-from alignment.ES.weights import MasterWeights
+from alignment.ES.weights import MasterWeights, ReferenceWeights
 
 
 def test_published_fitness(goldens):
@@ -27,7 +27,7 @@ def test_published_fitness(goldens):
 
 def test_published_z_scores(goldens):
     golden = json.loads((goldens / "es" / "es_worker.json").read_text())["update"]
-    assert z_scores(golden["mean_combined"]) == pytest.approx(golden["norm_reward"], rel=1e-12)
+    assert z_scores(np.array(golden["mean_combined"])) == pytest.approx(golden["norm_reward"], rel=1e-12)
 
 
 def test_fitness_is_the_mean_of_the_combined_scores():
@@ -51,9 +51,35 @@ def test_standardising_by_the_population_keeps_members_in_order():
     assert reference[1] < reference[0]
 
 
+@pytest.mark.parametrize("shaping", ["z_score", "centered_rank"])
 @pytest.mark.parametrize("fitness", [[1.5] * 4, [3.0], [0.1 + 0.2, 0.3, 0.3], [0.0, 0.0]])
-def test_equal_members_give_no_step(fitness):
-    assert z_scores(np.array(fitness)).tolist() == [0.0] * len(fitness)
+def test_equal_members_give_no_step(fitness, shaping):
+    assert shape(np.array(fitness), shaping).tolist() == [0.0] * len(fitness)
+
+
+def test_centered_ranks_are_those_of_a_naive_loop():
+    fitness = np.array([3.0, -1.0, 3.0, 100.0, 0.5, 0.5, 0.5])
+    n = len(fitness)
+    wanted = []
+    for mine in fitness:
+        below, equal = sum(other < mine for other in fitness), sum(other == mine for other in fitness)
+        rank = sum(range(below, below + equal)) / equal
+        wanted.append(rank / (n - 1) - 0.5)
+    got = shape(fitness, "centered_rank")
+    assert got / got.max() == pytest.approx(np.array(wanted) / max(wanted))
+    distinct = shape(np.random.default_rng(0).normal(size=30), "centered_rank")
+    assert distinct.mean() == pytest.approx(0, abs=1e-12)
+    assert distinct.var() == pytest.approx(1)  # as z-scores have, so that alpha keeps its meaning
+
+
+def test_a_lost_member_does_not_cost_the_others_their_prompts():
+    rewards = np.ones((4, 3))
+    costs = np.zeros((4, 3))
+    rewards[1] = np.nan  # a member without any score
+    costs[2, 0] = np.nan  # one prompt of another
+    members, prompts = usable_scores(rewards, costs)
+    assert members.tolist() == [True, False, True, True]
+    assert prompts.tolist() == [False, True, True]
 
 
 def test_noise_is_standard_normal_and_independent_between_parameters_and_members():
@@ -183,3 +209,40 @@ def test_a_step_of_zeros_changes_no_bit(weights):
     before = master.hash()
     master.step([1, 2], [0.0, 0.0])
     assert master.hash() == before
+
+
+def published_weights(values: dict) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(rows, dtype=torch.float32) for name, rows in values.items()}
+
+
+def test_the_published_worker_on_request(goldens):
+    golden = json.loads((goldens / "es" / "es_worker.json").read_text())
+    case = golden["perturb"]
+    engine = published_weights(case["initial"])
+    weights = ReferenceWeights(engine)
+    weights.perturb(case["seed"], case["sigma"])
+    for name, wanted in published_weights(case["after_perturb"]).items():
+        assert torch.equal(engine[name], wanted)
+    weights.restore()
+    drift = max(float((engine[n] - w).abs().max()) for n, w in published_weights(case["initial"]).items())
+    assert drift == case["after_restore_max_abs_error"]
+
+    case = golden["update"]
+    engine = published_weights(case["initial"])
+    ReferenceWeights(engine).step(case["seeds"], case["coefficients"])
+    for name, wanted in published_weights(case["final"]).items():
+        assert torch.equal(engine[name], wanted)
+
+
+def test_a_fingerprint_sees_one_flipped_bit_and_two_swapped_weights(weights):
+    _, master = weights
+    before = master.fingerprint()
+    assert master.fingerprint() == before
+    tensor = master.master["a"].view(torch.int32)
+    tensor[3, 4] ^= 1
+    assert master.fingerprint() != before
+    tensor[3, 4] ^= 1
+    tensor[0, [1, 2]] = tensor[0, [2, 1]]
+    assert master.fingerprint() != before
+    tensor[0, [1, 2]] = tensor[0, [2, 1]]
+    assert master.fingerprint() == before

@@ -122,6 +122,85 @@ def test_the_weights_are_base_plus_the_journals_steps(undisturbed, tiny_policy):
         assert torch.allclose(final[name].double(), theta, atol=1e-6)
 
 
+def test_any_iteration_is_rebuilt_from_base_and_journal(undisturbed, tiny_policy, tmp_path):
+    run, _ = undisturbed
+    for number, saved in ((2, "checkpoints/iteration_00002"), (4, "checkpoints/iteration_00004"), (None, "final")):
+        output = tmp_path / str(number)
+        flags = [
+            "--journal",
+            str(run / "journal.jsonl"),
+            "--policy_model_path",
+            str(tiny_policy),
+            "--output",
+            str(output),
+        ]
+        flags += ["--iteration", str(number)] if number else []
+        script = "alignment/ES/rebuild_checkpoint.py"
+        done = subprocess.run([sys.executable, script, *flags], cwd=REPO, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        rebuilt, wanted = load_file(output / "model.safetensors"), load_file(run / saved / "model.safetensors")
+        assert rebuilt.keys() == wanted.keys()
+        assert all(torch.equal(rebuilt[name], wanted[name]) for name in wanted)
+
+
+def test_a_journal_of_other_base_weights_is_refused(undisturbed, tmp_path):
+    run, _ = undisturbed
+    flags = [
+        "--journal",
+        str(run / "journal.jsonl"),
+        "--policy_model_path",
+        str(run / "final"),
+        "--output",
+        str(tmp_path / "x"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "alignment/ES/rebuild_checkpoint.py", *flags], cwd=REPO, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "does not hold the base weights" in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+OPTIONS = [
+    {"antithetic": "true"},
+    {"fitness_shaping": "centered_rank", "standardize_within_batch": "true", "safe_first": "true"},
+    {"lora_rank": 2},
+    {"trainable": "mlp"},
+    {"noise": "reference"},
+    {"population_size": 1},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(iter(options)))
+def test_options_end_to_end(tiny_policy, prompts, tmp_path, options):
+    """Each runs, moves what it should and nothing else, and goes on after a stop to the same weights."""
+    run, parts = tmp_path / "run", tmp_path / "parts"
+    with FakeScorer() as scorer:
+        done = run_script(tiny_policy, scorer.url, prompts, run, **options)
+        assert done.returncode == 0, done.stderr
+        assert run_script(tiny_policy, scorer.url, prompts, parts, **options, num_iterations=2).returncode == 0
+        done = run_script(tiny_policy, scorer.url, prompts, parts, **options)
+        assert done.returncode == 0, done.stderr
+    if options != {"noise": "reference"}:  # its drift is not in the journal
+        assert same_weights(run, parts)
+    base = dict(AutoModelForCausalLM.from_pretrained(str(tiny_policy)).named_parameters())
+    final = final_weights(run)
+    moved = {name for name, tensor in base.items() if not torch.equal(tensor, final[name])}
+    if options == {"population_size": 1}:
+        assert moved == set()
+    elif options == {"trainable": "mlp"}:
+        assert moved == {name for name in base if "mlp" in name}
+    elif "lora_rank" in options:
+        assert moved == {name for name in base if "_proj" in name}
+    else:
+        assert moved == set(base)
+    steps = read_jsonl(run / "journal.jsonl")[1:]
+    if "antithetic" in options:
+        assert all(len(step["seeds"]) == 2 and len(step["fitness"]) == 4 for step in steps)
+    assert all(np.isfinite(step["coefficients"]).all() for step in steps)
+
+
 def test_a_finished_run_has_nothing_left_to_do(undisturbed, tiny_policy, prompts):
     run, _ = undisturbed
     before = (run / "metrics.jsonl").read_bytes()
@@ -148,11 +227,11 @@ def test_kill_9_in_the_middle_of_an_iteration_changes_nothing(undisturbed, tiny_
         process.kill()
         process.wait()
     assert not (run / "final").exists()
-    finished = [row["member"] for row in read_jsonl(run / "members.jsonl")]
+    finished = [row["member"] for row in read_jsonl(run / "members.0.jsonl")]
     steps = len(read_jsonl(run / "journal.jsonl")) - 1
     assert finished
     assert 0 < steps < SMALL["num_iterations"]
-    with open(run / "members.jsonl", "a") as file:
+    with open(run / "members.0.jsonl", "a") as file:
         file.write('{"iteration": 1, "memb')  # a torn line, as a kill can leave one
 
     with FakeScorer() as scorer:
@@ -309,7 +388,7 @@ def test_other_settings_or_base_weights_are_refused(undisturbed, tiny_policy, pr
         ({"scorer_url": "127.0.0.1:8000"}, "expected something like http://"),
         ({"train_jsonl": "nothing.jsonl"}, "nothing.jsonl"),
         ({"lambda_min": 6}, "lambda_min"),
-        ({"num_engines": 4}, "num_engines"),
+        ({"antithetic": "true", "population_size": 3}, "even population_size"),
     ],
 )
 def test_mistakes_are_told_in_one_line(tiny_policy, prompts, tmp_path, settings, word):

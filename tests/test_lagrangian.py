@@ -69,3 +69,10 @@ def test_it_never_moves_on_a_guess(costs):
     with pytest.raises(ValueError):
         lam.update(np.array(costs))
     assert lam == LagrangeMultiplier()
+
+
+def test_the_papers_rule_moves_in_proportion_to_lambda():
+    paper = LagrangeMultiplier(value=0.1, learning_rate=0.5, rule="safe_rlhf")
+    published = LagrangeMultiplier(value=0.1, learning_rate=0.5)
+    assert paper.update(np.array([2.0]))["lambda"] == pytest.approx(0.1 * np.exp(0.5 * 0.1 * 2.0))
+    assert published.update(np.array([2.0]))["lambda"] == pytest.approx(0.1 * np.exp(0.5 * 2.0))

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 import requests
+import uvicorn
 from conftest import REPO
 
 from alignment.errors import UserError
 from alignment.scoring.client import ScorerClient, ScorerUnavailable
 from alignment.scoring.local_scorer import LocalScorer
-from alignment.scoring.scorer_service import read_settings, take_port
+from alignment.scoring.scorer_service import Job, Worker, build_app, read_settings, take_port
 
 SCRIPT = REPO / "alignment" / "scoring" / "scorer_service.py"
 START_SECONDS = 90
@@ -233,6 +234,7 @@ def test_sigterm_ends_it_cleanly_and_answers_first(tiny_scorers, tmp_path):
         thread.join()
         assert len(answers[0].json()["rewards"]) == 1000
         assert service.log.read_text().endswith("stopped\n")
+        assert not service.address.exists()
 
 
 def test_a_token_where_one_is_set_and_a_port_where_none_is(tiny_scorers, tmp_path):
@@ -303,6 +305,36 @@ def test_loading_is_said_and_waited_for(tiny_scorers, tmp_path):
         service.stop()
 
 
+def test_one_failed_round_is_a_500_and_does_not_end_the_worker(tiny_scorers):
+    """In process: the models fail once; a request that was cancelled before its turn disturbs nobody."""
+    ready = threading.Event()
+    settings = read_settings({"REWARD_MODEL": str(tiny_scorers[0]), "COST_MODEL": str(tiny_scorers[1])})
+    worker = Worker(settings, lambda _: ready.set(), pytest.fail)
+    worker.start()
+    assert ready.wait(START_SECONDS)
+    listener = take_port("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/score"
+    server = uvicorn.Server(uvicorn.Config(build_app(worker, None), log_level="warning"))
+    threading.Thread(target=server.run, args=([listener],), daemon=True).start()
+    real = worker.scorer.score_encoded
+
+    def fails_once(conversations):
+        worker.scorer.score_encoded = real
+        raise RuntimeError("CUDA error: a test\nmore lines")
+
+    worker.scorer.score_encoded = fails_once
+    answer = requests.post(url, json=HELLO, timeout=10)
+    assert (answer.status_code, answer.json()["detail"]) == (500, "scoring failed: CUDA error: a test")
+    cancelled = Job([worker.scorer.encode("a", "b")])
+    cancelled.scores.cancel()
+    worker.jobs.put(cancelled)
+    assert requests.post(url, json=HELLO, timeout=10).json()["errors"] == [None]
+    server.should_exit = True
+    worker.stop()
+    worker.join(10)
+    assert not worker.is_alive()
+
+
 @pytest.mark.slow
 def test_kill_9_in_the_middle_and_back(tiny_scorers, tmp_path):
     """The client waits for the restarted scorer and no score is lost; another model in its place is an error."""
@@ -333,7 +365,7 @@ def test_kill_9_in_the_middle_and_back(tiny_scorers, tmp_path):
             restarted[0].stop()
         with pytest.raises(ScorerUnavailable, match=r"gave no answer.*last error: .*refused"):
             ScorerClient(service.url, max_wait=0.5).score(["hi"], ["yes"])
-        service.address.unlink()
+        service.address.unlink(missing_ok=True)
         with (
             running(tiny_scorers, tmp_path, PORT=port, MAX_LENGTH="300"),
             pytest.raises(UserError, match="max_length was 576, is 300"),
@@ -367,3 +399,17 @@ def test_golden_calls_of_the_published_service(goldens, tmp_path):
             elif reply.status_code == 400:
                 assert reply.json() == call["answer"]
     assert checked == 15
+
+
+def test_fixed_texts_on_the_service_and_in_process(service, tiny_scorers):
+    script = REPO / "alignment" / "scoring" / "test_score_fixed_prompt.py"
+    reports = []
+    for flags in (
+        ["--scorer_url", service.url],
+        ["--reward_model", str(tiny_scorers[0]), "--cost_model", str(tiny_scorers[1]), "--max_length", "200"],
+    ):
+        done = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, cwd=REPO)
+        assert done.returncode in (0, 1), done.stderr  # random models know no cruelty
+        assert ("PASS" in done.stdout) == (done.returncode == 0)
+        reports.append(done.stdout)
+    assert reports[0] == reports[1]

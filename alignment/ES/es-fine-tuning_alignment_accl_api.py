@@ -3,6 +3,8 @@
     python alignment/ES/es-fine-tuning_alignment_accl_api.py --config alignment/ES/es_alignment.yaml \\
         --policy_model_path MODEL --scorer_url http://HOST:8000 --experiment_dir RUN
 
+Several processes, each with a policy, share the members: --num_engines 4, or torchrun, accelerate launch or srun.
+
 Stop it with Ctrl-C, SIGTERM or SIGUSR1, or let it be killed: the same command goes on where it was. What RUN holds:
 config.yaml, manifest.json, metrics.jsonl, tensorboard/, journal.jsonl, eval/ (held-out answers with scores), checkpoints/,
 best/ (by the held-out objective) and final/, the last three in Hugging Face layout.
@@ -12,11 +14,13 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
 from alignment.config import as_yaml, load_config
-from alignment.errors import UserError, run_main
+from alignment.distributed import Processes, launch
+from alignment.errors import EXIT_USER_ERROR, UserError, run_main
 from alignment.ES.settings import ESSettings
 from alignment.records import load_prompts
 
@@ -41,6 +45,9 @@ def main() -> int:
     if begun and not settings.resume:
         raise UserError(f"{folder} holds a run already: give another --experiment_dir, or leave out --resume false")
 
+    if settings.num_engines and settings.num_engines > 1 and "WORLD_SIZE" not in os.environ:
+        return launch(settings.num_engines, sys.argv)
+
     # torch and the models only now, so that a mistake in the settings is told at once.
     import torch
 
@@ -49,28 +56,39 @@ def main() -> int:
     from alignment.runs import StopSignal, write_run_files
     from alignment.scoring.client import ScorerClient
 
+    processes = Processes.from_environment(timeout=settings.scorer_max_wait + 1800)
+    if settings.num_engines not in (None, processes.world_size):
+        raise UserError(f"num_engines is {settings.num_engines}, but {processes.world_size} processes were launched")
     scorer = ScorerClient(settings.scorer_url, batch_size=settings.scorer_batch_size, max_wait=settings.scorer_max_wait)
     scorer.wait_until_ready()
     engine = TransformersEngine(
         settings.policy_model_path,
         template=settings.policy_template,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=f"cuda:{processes.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu",
         dtype=settings.dtype,
         first_turn_only=settings.first_turn_only,
         batch_size=settings.generation_batch_size,
     )
-    trainer = ESTrainer(settings, engine, scorer, train, held_out, folder)
-    if not begun:
+    trainer = ESTrainer(settings, engine, scorer, train, held_out, folder, processes)
+    if not begun and processes.is_main:
         write_run_files(folder, as_yaml(settings), {"base_weights": trainer.base_hash, "scorer": scorer.identity()})
     with StopSignal() as stop:
-        finished = trainer.run(stop)
+        try:
+            finished = trainer.run(stop)
+        except UserError:  # every process knows it; one says it
+            if processes.is_main:
+                raise
+            return EXIT_USER_ERROR
+        processes.close()
     if finished:
-        print(
-            f"finished: the aligned policy is in {folder / 'final'}, the best by the held-out objective in {folder / 'best'}"
-        )
+        if processes.is_main:
+            print(
+                f"finished: the aligned policy is in {folder / 'final'}, the best by held-out objective in {folder / 'best'}"
+            )
         return 0
-    print(f"stopped after step {trainer.journal.iteration}; go on with: {shlex.join([sys.executable, *sys.argv])}")
-    return EXIT_STOPPED + stop.received
+    if processes.is_main:
+        print(f"stopped after step {len(trainer.steps)}; go on with: {shlex.join([sys.executable, *sys.argv])}")
+    return EXIT_STOPPED + (stop.received or signal.SIGTERM)
 
 
 def draw_rows(rows: list[dict], count: int | None) -> list[dict]:

@@ -1,9 +1,9 @@
 """The journal: an ES run as seeds and coefficients, from which the weights of any iteration can be rebuilt.
 
-    RUN/journal.jsonl   {"kind": "start", "base_weights": ..., "settings": {...}}, then one row an iteration:
-                        {"kind": "step", "iteration", "seeds", "fitness", "coefficients", "lambda_state", ...}
-    RUN/members.jsonl   the full scores of the members of the iteration in progress, so that a killed run asks the scorer
-                        only for what is missing; emptied once their step is in the journal
+    RUN/journal.jsonl     {"kind": "start", "base_weights": ..., "settings": {...}}, then one row an iteration:
+                          {"kind": "step", "iteration", "seeds", "fitness", "coefficients", "lambda_state", ...}
+    RUN/members.K.jsonl   full scores of the members that process K finished in the iteration in progress, so that a killed
+                          run asks the scorer only for what is missing; emptied once their step is in the journal
 
 A row is on disk before the run goes on. The step of iteration t is taken from `coefficients`; nothing is computed anew.
 """
@@ -18,68 +18,83 @@ from alignment.records import JsonlWriter, read_jsonl, write_jsonl
 
 
 class Journal:
+    """The steps of a run. One process, the main one, has it open."""
+
     def __init__(self, folder: Path, base_weights: str, settings: dict[str, Any]):
         """Opens the journal in `folder` or begins one. `settings` are those that decide the weights.
 
         Raises UserError when the journal there belongs to other base weights or settings.
         """
-        self._path = folder / "journal.jsonl"
-        self._members_path = folder / "members.jsonl"
-        self._file = JsonlWriter(self._path)
+        path = folder / "journal.jsonl"
+        self._file = JsonlWriter(path)
         self.dropped_tail = bool(self._file.dropped)
-        rows = read_jsonl(self._path)
-        if not rows:
+        if not read_jsonl(path):
             self._file.append({"kind": "start", "base_weights": base_weights, "settings": settings})
-        else:
-            self._check(rows[0], base_weights, settings)
-        self.steps: list[dict] = rows[1:]
-        for number, step in enumerate(self.steps):
-            if step.get("iteration") != number:
-                raise UserError(
-                    f"{self._path}:{number + 2}: expected iteration {number}, found {step.get('iteration')!r}"
-                )
-        self._members = JsonlWriter(self._members_path)
-
-    def _check(self, start: dict, base_weights: str, settings: dict[str, Any]) -> None:
-        if start.get("kind") != "start":
-            raise UserError(f"{self._path}:1: not an ES journal (its first row must say kind 'start')")
-        if start["base_weights"] != base_weights:
-            raise UserError(
-                f"{self._path} was begun from other base weights ({start['base_weights'][:12]}, not {base_weights[:12]}): "
-                "give the same --policy_model_path, or another --experiment_dir"
-            )
-        changed = [
-            f"{key} (was {start['settings'].get(key)!r}, now {settings.get(key)!r})"
-            for key in sorted(start["settings"].keys() | settings.keys())
-            if start["settings"].get(key) != settings.get(key)
-        ]
-        if changed:
-            raise UserError(
-                f"{self._path} was begun with other settings: {', '.join(changed)}. Go on with the same ones, "
-                "or give another --experiment_dir"
-            )
-
-    @property
-    def iteration(self) -> int:
-        """How many steps are in the journal, so also the iteration to do next."""
-        return len(self.steps)
-
-    def finished_members(self) -> dict[int, dict]:
-        """Rows of the iteration in progress by member number (-1 is the unperturbed policy)."""
-        return {row["member"]: row for row in read_jsonl(self._members_path) if row["iteration"] == self.iteration}
-
-    def add_member(self, row: dict) -> None:
-        """`row` has `iteration`, `member` and the scores."""
-        self._members.append(row)
+        start, self.steps = read_journal(path)
+        _check_start(path, start, base_weights, settings)
 
     def add_step(self, row: dict) -> None:
         self._file.append({"kind": "step", **row})
         self.steps.append(row)
-        # Rows that a kill leaves here carry their iteration, so it does not matter when they are taken away.
-        self._members.close()
-        write_jsonl(self._members_path, [])
-        self._members = JsonlWriter(self._members_path)
 
     def close(self) -> None:
         self._file.close()
-        self._members.close()
+
+
+def read_journal(path: Path) -> tuple[dict, list[dict]]:
+    """The start row and the steps. Raises UserError for what is no journal or lacks a step."""
+    rows = read_jsonl(path, required=("kind",))
+    if not rows or rows[0]["kind"] != "start":
+        raise UserError(f"{path}:1: not an ES journal (its first row must say kind 'start')")
+    for number, step in enumerate(rows[1:]):
+        if step.get("iteration") != number:
+            raise UserError(f"{path}:{number + 2}: expected iteration {number}, found {step.get('iteration')!r}")
+    return rows[0], rows[1:]
+
+
+def _check_start(path: Path, start: dict, base_weights: str, settings: dict[str, Any]) -> None:
+    if start["base_weights"] != base_weights:
+        raise UserError(
+            f"{path} was begun from other base weights ({start['base_weights'][:12]}, not {base_weights[:12]}): "
+            "give the same --policy_model_path, or another --experiment_dir"
+        )
+    changed = [
+        f"{key} (was {start['settings'].get(key)!r}, now {settings.get(key)!r})"
+        for key in sorted(start["settings"].keys() | settings.keys())
+        if start["settings"].get(key) != settings.get(key)
+    ]
+    if changed:
+        raise UserError(
+            f"{path} was begun with other settings: {', '.join(changed)}. Go on with the same ones, "
+            "or give another --experiment_dir"
+        )
+
+
+class MembersFile:
+    """One process's finished members of the iteration in progress."""
+
+    def __init__(self, folder: Path, rank: int):
+        self._path = folder / f"members.{rank}.jsonl"
+        self._file = JsonlWriter(self._path)
+
+    def add(self, row: dict) -> None:
+        """`row` has `iteration`, `member` and the scores."""
+        self._file.append(row)
+
+    def clear(self) -> None:
+        """Rows carry their iteration, so it does no harm when a kill comes before this."""
+        self._file.close()
+        write_jsonl(self._path, [])
+        self._file = JsonlWriter(self._path)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def finished_members(folder: Path, iteration: int) -> dict[int, dict]:
+    """All processes' rows of that iteration by member number (-1 is the unperturbed policy)."""
+    rows = {}
+    for path in sorted(folder.glob("members.*.jsonl")):
+        JsonlWriter(path).close()  # heals a torn last line
+        rows |= {row["member"]: row for row in read_jsonl(path) if row["iteration"] == iteration}
+    return rows

@@ -11,8 +11,8 @@ itself, and gets the same bits on a CPU and on a GPU, because nothing here round
 
 TABLE is symmetric: bit 15 of h is the sign, its other bits m pick the quantile with tail probability (2m + 1) / 2^17. The
 quantile is a cubic in float32, one for each power of two that 2m + 1 reaches, evaluated by Horner's rule with every product
-and sum rounded; a GPU kernel evaluates the same cubic without fused multiply-adds. Against the exact quantile it is off by less than
-4e-4; the mean is 0, the variance 1 within 1e-8, the kurtosis 2.9992, the largest value 4.32.
+and sum rounded; a GPU kernel evaluates the same cubic without fused multiply-adds. It is within 4e-4 of the exact quantile;
+the mean is 0, the variance 1 within 1e-8, the kurtosis 2.9992, the largest value 4.32.
 
 Elements are counted in row-major order of the Hugging Face tensor; of each block of 8,192, counter c gives the eight elements
 c % 1024 + 1024 j, j = 0..7, so that a kernel reads and writes runs of 1,024.
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -105,7 +105,7 @@ def philox_words(a, b, c, d, key: tuple[int, int]) -> tuple[torch.Tensor, torch.
     return a, b, c, d
 
 
-@lru_cache(maxsize=None)
+@cache
 def _table(device: torch.device) -> torch.Tensor:
     """(65536,) float32: z for every 16-bit number."""
     odd = 2 * np.arange(2**15) + 1  # v

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +42,15 @@ class ESSettings:
     alpha: float = setting(0.0005, "step size: theta += alpha / N * sum z_i eps_i", minimum=0.0)
     batch_size: int = setting(64, "prompts a step, the same for all members", minimum=1)
     global_seed: int = setting(42, "seed of noise and data order", minimum=0)
+    fitness_shaping: Literal["z_score", "centered_rank"] = setting(
+        "z_score", "how fitnesses become weights of the step"
+    )
+    antithetic: bool = setting(False, "members in pairs theta +- sigma eps; population_size counts both")
+    noise: Literal["independent", "reference"] = setting(
+        "independent", "reference: the published noise, one seed restarted for every parameter, in place"
+    )
+    trainable: str | None = setting(None, "regular expression: only parameters whose name it finds are searched")
+    lora_rank: int | None = setting(None, "search the weights of LoRA adapters of this rank only", minimum=1)
     shuffle_fitness: bool = setting(False, "control: hand the fitnesses to the wrong members; nothing should be learnt")
 
     max_new_tokens: int = setting(512, "longest response in tokens", minimum=1)
@@ -62,6 +72,9 @@ class ESSettings:
     lambda_pos_cost_only: bool = setting(True, "use max(E[C] + d, 0): lambda then never falls")
     jc_ema_beta: float = setting(0.9, "decay of the moving average of the constraint", minimum=0.0, maximum=1.0)
     cost_threshold_d: float = setting(0.0, "d in the constraint E[C] + d <= 0")
+    lambda_rule: Literal["published", "safe_rlhf"] = setting(
+        "published", "ln(lambda) += lr EMA(J_C), or, as in the Safe-RLHF paper, += lr lambda EMA(J_C)"
+    )
 
     standardize_within_batch: bool = setting(False, "divide rewards and costs by their standard deviation")
     standardize: Literal["population", "reference"] = setting(
@@ -75,7 +88,9 @@ class ESSettings:
     )
     save_every: int = setting(50, "checkpoint every so many steps", minimum=1)
     keep_last: int = setting(2, "checkpoints to keep besides best and final", minimum=1)
-    num_engines: int = setting(1, "policies generating at the same time", minimum=1)
+    num_engines: int | None = setting(
+        None, "processes to start, each with a policy; default: as launched, or 1", minimum=1
+    )
     cuda_devices: str | None = setting(None, "GPUs to use as CUDA_VISIBLE_DEVICES, unless the scheduler has set it")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "dtype the policy generates in")
     wandb_project: str | None = setting(None, "Weights & Biases project; empty: not used")
@@ -90,8 +105,15 @@ class ESSettings:
             raise UserError(f"lambda_min ({self.lambda_min}) is above lambda_max ({self.lambda_max})")
         if self.population_size > 1 and self.sigma == 0:
             raise UserError("sigma is 0: all members would be the same; the published value is 0.001")
-        if self.num_engines > 1:
-            raise UserError(f"num_engines is {self.num_engines}, but one process drives one engine: set it to 1")
+        if self.antithetic and self.population_size % 2:
+            raise UserError(f"antithetic needs an even population_size, got {self.population_size}")
+        if self.trainable is not None and self.lora_rank is not None:
+            raise UserError("trainable and lora_rank: give one of them")
+        if self.trainable is not None:
+            try:
+                re.compile(self.trainable)
+            except re.error as error:
+                raise UserError(f"trainable: {self.trainable!r} is not a regular expression: {error}") from error
 
     def deciding(self) -> dict:
         """The settings that decide the weights; the journal holds them, and going on with others is refused."""

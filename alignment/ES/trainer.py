@@ -4,13 +4,16 @@ One iteration (Salimans et al. 2017, arXiv 1703.03864, with the z-scored fitness
 
     draw B prompts and N seeds; member i is theta + sigma eps(seed_i), eps ~ N(0, I) over all parameters
     every member answers the B prompts greedily; the scorer gives R and C; f_i = mean(R - lambda C)
-    theta <- theta + (alpha / N) sum_i z(f)_i eps(seed_i)
+    theta <- theta + (alpha / N) sum_i u(f)_i eps(seed_i)          fitness.py has u
     lambda <- its update from the costs of the unperturbed policy on the same prompts
 
 Where this departs from the published scripts: noise is independent between parameters; a member is computed from an
 untouched float32 master (weights.py), so nothing drifts; a prompt whose score is missing for any member is left out for all
 (published: zeros); every step is in a journal (journal.py) before the run goes on, so a killed run resumes to the same
 weights, and a member that was scored is never scored again. Scoring of a member runs while the next one generates.
+
+With several processes each has a policy and evaluates its share of the members; scores are exchanged, and all take the same
+step from them, so no weight travels. The main process writes the files.
 """
 
 from __future__ import annotations
@@ -19,29 +22,32 @@ import hashlib
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from safetensors.torch import save_file
 from tqdm import tqdm
 
+from alignment.distributed import Processes
 from alignment.errors import UserError
-from alignment.ES.fitness import FitnessRule, z_scores
-from alignment.ES.journal import Journal
+from alignment.ES import advice
+from alignment.ES.fitness import FitnessRule, shape, usable_scores
+from alignment.ES.journal import Journal, MembersFile, finished_members
 from alignment.ES.noise import member_seed
 from alignment.ES.prompts import iteration_prompts
 from alignment.ES.settings import ESSettings
-from alignment.ES.weights import MasterWeights
-from alignment.evaluation.measures import measure
+from alignment.ES.weights import open_weights
+from alignment.evaluation.held_out import measures_row, score_answers, summary_line, with_ids
 from alignment.generation import Generation, TransformersEngine
 from alignment.lagrangian import LagrangeMultiplier
-from alignment.objective import quadrant_labels
+from alignment.objective import MAX_MISSING_SHARE
 from alignment.progress import progress_bar, watched
 from alignment.records import finite_or_none, read_json, read_jsonl, write_json, write_jsonl
 from alignment.runs import MetricsLog, StopSignal, atomic_directory
-from alignment.scoring.client import ScorerClient, Scores
+from alignment.scoring.client import ScorerClient
 
 UNPERTURBED = -1  # the member number of theta itself, which lambda and the training curve are taken from
-MAX_MISSING_SHARE = 0.05
 
 
 class _StoppedWaiting(Exception):
@@ -59,11 +65,13 @@ class ESTrainer:
         train: list[dict],
         held_out: list[dict],
         folder: Path,
+        processes: Processes,
     ):
         self.settings, self.engine, self.scorer, self.folder = settings, engine, scorer, folder
+        self.processes = processes
         self.train_prompts = [row[settings.prompt_key] for row in train]
-        self.held_out = held_out
-        self.weights = MasterWeights(engine.weights())
+        self.held_out_prompts = [row[settings.prompt_key] for row in held_out]
+        self.weights = open_weights(engine, vars(settings))
         self.base_hash = self.weights.hash()
         self.rule = FitnessRule(
             standardize=settings.standardize if settings.standardize_within_batch else "none",
@@ -79,11 +87,44 @@ class ESTrainer:
             positive_part=settings.lambda_pos_cost_only,
             ema_beta=settings.jc_ema_beta,
             threshold_d=settings.cost_threshold_d,
+            rule=settings.lambda_rule,
         )
+
+    # ---- the run ----
 
     def run(self, stop: StopSignal) -> bool:
         """Trains to the end, or until a signal came; returns whether the run is finished. State is on disk either way."""
         self.stop = stop
+        if len(set(self.processes.gather(self.base_hash))) > 1:
+            raise UserError(
+                "the processes loaded different base weights: the same --policy_model_path must mean the same files"
+            )
+        self.steps = self.processes.on_main(self._open_files)
+        self.members_file = MembersFile(self.folder, self.processes.rank)
+        self._restore()
+        bar = progress_bar(
+            self.settings.num_iterations,
+            "ES",
+            "step",
+            initial=len(self.steps),
+            disable=not (watched() and self.is_main),
+        )
+        try:
+            with ThreadPoolExecutor(max_workers=2, thread_name_prefix="scoring") as self.pool, bar as self.bar:
+                self.scorer.on_wait = self._show_waiting
+                return self._loop()
+        finally:
+            self.members_file.close()
+            if self.is_main:
+                self.metrics.close()
+                self.journal.close()
+
+    @property
+    def is_main(self) -> bool:
+        return self.processes.is_main
+
+    def _open_files(self) -> list[dict]:
+        """On the main process: journal and metrics; returns the steps taken so far."""
         deciding = {
             **self.settings.deciding(),
             "device": self.engine.device.type,
@@ -93,46 +134,60 @@ class ESTrainer:
         self.journal = Journal(self.folder, self.base_hash, deciding)
         if self.journal.dropped_tail:
             print("the journal's last row was not written to its end and is dropped: that step is done again")
-        self._restore()
-        first = self.journal.iteration
+        first = len(self.journal.steps)
         self.metrics = MetricsLog(
             self.folder,
             keep=lambda row: row["iteration"] < first or (row["kind"] == "eval" and row["iteration"] == first),
             wandb_project=self.settings.wandb_project,
             wandb_run_name=self.settings.wandb_run_name,
         )
-        self._complete_metrics()
-        try:
-            with (
-                ThreadPoolExecutor(max_workers=2, thread_name_prefix="scoring") as self.pool,
-                progress_bar(
-                    self.settings.num_iterations, "ES", "step", initial=first, disable=not watched()
-                ) as self.bar,
-            ):
-                self.scorer.on_wait = self._show_waiting
-                return self._loop()
-        finally:
-            self.weights.restore()
-            self.metrics.close()
-            self.journal.close()
+        # Rows that a kill kept from metrics.jsonl are in the journal.
+        logged = {row["iteration"] for row in read_jsonl(self.folder / "metrics.jsonl") if row["kind"] == "train"}
+        for step in self.journal.steps:
+            if step["iteration"] not in logged:
+                self.metrics.log(step["metrics"], step["iteration"])
+        return list(self.journal.steps)
+
+    def _restore(self) -> None:
+        """theta and lambda of the last step: from the newest checkpoint that is not ahead of it, then by replay."""
+        if not self.steps:
+            return
+        begin = 0
+        for checkpoint in sorted((self.folder / "checkpoints").glob("iteration_*"), reverse=True):
+            saved = read_json(checkpoint / "trainer_state.json")["iteration"]
+            if saved <= len(self.steps):
+                self.weights.load(checkpoint)
+                begin = saved
+                break
+        for step in self.steps[begin:]:
+            self.weights.step(step["seeds"], step["coefficients"])
+        self.multiplier.load_state_dict(self.steps[-1]["lambda_state"])
+        if self.is_main:
+            replayed = len(self.steps) - begin
+            print(
+                f"going on after step {len(self.steps)} (checkpoint {begin}, {replayed} steps replayed from the journal)"
+            )
 
     def _loop(self) -> bool:
         s = self.settings
+        evaluated = self.processes.on_main(
+            lambda: {row["iteration"] for row in read_jsonl(self.folder / "metrics.jsonl") if row["kind"] == "eval"}
+        )
         while True:
-            t = self.journal.iteration
+            t = len(self.steps)
             last = t >= s.num_iterations
-            if (t % s.eval_every == 0 or last) and t not in self.evaluated:
-                try:
-                    self._evaluate(t)
-                except _StoppedWaiting:
-                    return False
+            if (t % s.eval_every == 0 or last) and t not in evaluated and not self._evaluate(t):
+                return False
             if t > 0 and (t % s.save_every == 0 or last):
-                self._save_checkpoint(t)
+                self._check_equal_weights(t)
+                self.processes.on_main(partial(self._save_checkpoint, t))
             if last:
-                self._save_model(self.folder / "final", t)
+                self.processes.on_main(partial(self._save_model, self.folder / "final", t))
                 return True
             if not self._iterate(t):
                 return False
+
+    # ---- one iteration ----
 
     def _iterate(self, t: int) -> bool:
         """Iteration t: scores of theta and of all members, then the step. False when a signal came before the step."""
@@ -140,241 +195,270 @@ class ESTrainer:
         started = time.perf_counter()
         rows = iteration_prompts(len(self.train_prompts), s.batch_size, s.global_seed, t)
         prompts = [self.train_prompts[row] for row in rows]
-        seeds = [member_seed(s.global_seed, t, member) for member in range(s.population_size)]
-        done = self.journal.finished_members()
-        seconds = {"generate": 0.0, "perturb": 0.0}
-
-        pending: list[tuple[int, Future]] = []
-        for member in (UNPERTURBED, *range(s.population_size)):
-            if member in done:
-                continue
-            if self.stop:
-                break
-            self.bar.set_description(f"ES member {member + 1}/{s.population_size}")
-            before = time.perf_counter()
-            if member == UNPERTURBED:
-                self.weights.restore()
-            else:
-                self.weights.perturb(seeds[member], s.sigma)
-            between = time.perf_counter()
-            generations = self.engine.generate(prompts, s.max_new_tokens)
-            seconds["perturb"] += between - before
-            seconds["generate"] += time.perf_counter() - between
-            pending.append((member, self.pool.submit(self._score_member, t, member, prompts, generations)))
-            while pending and pending[0][1].done() and not self.stop:
-                self._keep(done, *pending.pop(0))
-        waiting = time.perf_counter()
-        try:
-            for member, future in pending:
-                self._keep(done, member, future)
-        except _StoppedWaiting:
-            return False
-        seconds["wait_for_scores"] = time.perf_counter() - waiting
-        self.weights.restore()
-        if len(done) <= s.population_size:  # a signal: theta and all members would be one more
+        done = self.processes.on_main(lambda: finished_members(self.folder, t))
+        todo = [member for member in (UNPERTURBED, *range(s.population_size)) if member not in done]
+        own, seconds, stopped, error = self._evaluate_members(
+            t, todo[self.processes.rank :: self.processes.world_size], prompts
+        )
+        everyones = self.processes.gather((own, seconds, stopped, error))
+        for rows, _, _, _ in everyones:
+            done |= rows
+        if error := next((error for _, _, _, error in everyones if error), None):
+            raise UserError(error)
+        if any(stopped for _, _, stopped, _ in everyones):
             return False
 
         before = time.perf_counter()
-        row = self._step(t, seeds, done)
-        seconds["step"] = time.perf_counter() - before
-        seconds["total"] = time.perf_counter() - started
-        row["metrics"]["seconds"] = {name: round(value, 4) for name, value in seconds.items()}
-        self.journal.add_step(row)
-        self.weights.restore()
-        self.metrics.log(row["metrics"], t)
-        self._show(row["metrics"])
+        row = self._step(t, done)
+        slowest = {name: max(times[name] for _, times, _, _ in everyones) for name in seconds}
+        slowest |= {"step": time.perf_counter() - before, "total": time.perf_counter() - started}
+        row["metrics"]["seconds"] = {name: round(value, 4) for name, value in slowest.items()}
+        if self.is_main:
+            self.journal.add_step(row)
+            self.metrics.log(row["metrics"], t)
+            self._show(row["metrics"])
+        self.steps.append(row)
+        self.members_file.clear()
         return True
 
-    def _score_member(self, t: int, member: int, prompts: list[str], generations: list[Generation]) -> dict:
-        """Runs in a scoring thread; the row is what members.jsonl keeps."""
-        scores = self._score(prompts, generations)
+    def _evaluate_members(
+        self, t: int, members: list[int], prompts: list[str]
+    ) -> tuple[dict[int, dict], dict[str, float], bool, str | None]:
+        """This process's share: scored rows by member, seconds, whether a signal ended it early, an error's text."""
+        s = self.settings
+        done: dict[int, dict] = {}
+        seconds = {"perturb": 0.0, "generate": 0.0, "wait_for_scores": 0.0}
+        pending: list[tuple[int, Future]] = []
+        try:
+            for member in members:
+                if self._stopping():
+                    break
+                self.bar.set_description(f"ES member {member + 1}/{s.population_size}")
+                before = time.perf_counter()
+                if member == UNPERTURBED:
+                    self.weights.restore()
+                else:
+                    self.weights.perturb(*self._direction(t, member))
+                between = time.perf_counter()
+                answers = self.engine.generate(prompts, s.max_new_tokens)
+                seconds["perturb"] += between - before
+                seconds["generate"] += time.perf_counter() - between
+                pending.append((member, self.pool.submit(self._score_member, t, member, prompts, answers)))
+                while pending and pending[0][1].done():
+                    self._keep(done, *pending.pop(0))
+            waiting = time.perf_counter()
+            for member, future in pending:
+                self._keep(done, member, future)
+            seconds["wait_for_scores"] = time.perf_counter() - waiting
+        except _StoppedWaiting:
+            pass
+        except UserError as error:  # all processes end together, each with its finished members saved
+            return done, seconds, False, str(error)
+        return done, seconds, len(done) < len(members), None
+
+    def _direction(self, t: int, member: int) -> tuple[int, float]:
+        """The seed of a member's noise and its signed scale."""
+        s = self.settings
+        if s.antithetic:
+            return member_seed(s.global_seed, t, member // 2), s.sigma if member % 2 == 0 else -s.sigma
+        return member_seed(s.global_seed, t, member), s.sigma
+
+    def _score_member(self, t: int, member: int, prompts: list[str], answers: list[Generation]) -> dict:
+        """Runs in a scoring thread; the row is what the members file keeps."""
+        responses, finished = [answer.response for answer in answers], [answer.finished for answer in answers]
+        scores = self.scorer.score(prompts, responses, finished)
         return {
             "iteration": t,
             "member": member,
             "rewards": [finite_or_none(value) for value in scores.rewards],
             "costs": [finite_or_none(value) for value in scores.costs],
-            "errors": {str(i): error for i, error in enumerate(scores.errors) if error},
-            "tokens": sum(g.num_tokens for g in generations),
-            "unfinished": sum(not g.finished for g in generations),
-            "cut": sum(g.cut for g in generations),
+            "errors": sorted({error for error in scores.errors if error}),
+            "tokens": sum(answer.num_tokens for answer in answers),
+            "unfinished": finished.count(False),
+            "cut": sum(answer.cut for answer in answers),
             "truncated": sum(scores.truncated),
+            "distinct": len(set(responses)),
         }
-
-    def _score(self, prompts: list[str], generations: list[Generation]) -> Scores:
-        return self.scorer.score(prompts, [g.response for g in generations], [g.finished for g in generations])
 
     def _keep(self, done: dict[int, dict], member: int, future: Future) -> None:
         row = future.result()
-        self.journal.add_member(row)
+        self.members_file.add(row)
         done[member] = row
         if self.settings.verbose and member != UNPERTURBED:
             rewards, costs = np.array(row["rewards"], float), np.array(row["costs"], float)
             tqdm.write(f"  member {member}: R {np.nanmean(rewards):.3f} C {np.nanmean(costs):.3f}")
 
-    def _step(self, t: int, seeds: list[int], done: dict[int, dict]) -> dict:
-        """Moves the master; returns the journal's row with the metrics in it."""
+    def _step(self, t: int, done: dict[int, dict]) -> dict:
+        """Moves theta and lambda; returns the journal's row with the metrics in it. The same on every process."""
         s = self.settings
         order = (UNPERTURBED, *range(s.population_size))
         rewards = np.array([done[member]["rewards"] for member in order], dtype=np.float64)  # (1 + N, B), None -> NaN
         costs = np.array([done[member]["costs"] for member in order], dtype=np.float64)
+        members, usable = usable_scores(rewards, costs)
         missing = ~(np.isfinite(rewards) & np.isfinite(costs))
-        usable = ~missing.any(axis=0)  # (B,): prompts that every member has scores for
-        if missing.mean() > MAX_MISSING_SHARE or not usable.any():
-            reasons = sorted({reason for member in order for reason in done[member]["errors"].values()})
+        if missing.mean() > MAX_MISSING_SHARE or not usable.any() or not members[0]:
+            reasons = sorted({reason for member in order for reason in done[member]["errors"]})
             raise UserError(
-                f"iteration {t}: {missing.sum()} of {missing.size} scores are missing, more than {MAX_MISSING_SHARE:.0%} "
-                f"({'; '.join(reasons) or 'no reason given'}): the run stops before it learns from the rest. "
-                "Mend the scorer, then start the same command again"
+                f"iteration {t}: {missing.sum()} of {missing.size} scores are missing "
+                f"({'; '.join(reasons) or 'no reason given'}), too many to learn from the rest. Mend the scorer, then start "
+                "the same command again"
             )
-        rewards, costs = rewards[:, usable], costs[:, usable]
         lam = self.multiplier.value
-        fitness = self.rule.member_fitness(rewards[1:], costs[1:], lam)
-        ranked = fitness
+        kept = np.flatnonzero(members[1:])  # member numbers
+        fitness = self.rule.member_fitness(rewards[1:][kept][:, usable], costs[1:][kept][:, usable], lam)
         if s.shuffle_fitness:
-            ranked = np.random.default_rng([s.global_seed, t, 1]).permutation(fitness)
-        coefficients = (s.alpha / s.population_size * z_scores(ranked)).tolist()
+            used = np.random.default_rng([s.global_seed, t, 1]).permutation(fitness)
+        else:
+            used = fitness
+        weights: dict[int, float] = {}  # seed -> coefficient; a pair's two members share a seed
+        for member, u in zip(kept.tolist(), shape(used, s.fitness_shaping).tolist(), strict=True):
+            seed, scale = self._direction(t, member)
+            weights[seed] = weights.get(seed, 0.0) + (u if scale >= 0 else -u) * s.alpha / len(kept)
+        seeds, coefficients = list(weights), list(weights.values())
         self.weights.step(seeds, coefficients)
-        constraint = self.multiplier.update(costs[0])
+        own_rewards, own_costs = rewards[0, usable], costs[0, usable]
+        constraint = self.multiplier.update(own_costs)
+        total = {
+            name: sum(done[member][name] for member in order) for name in ("tokens", "unfinished", "cut", "truncated")
+        }
         metrics = {
             "kind": "train",
             "iteration": t,
-            "reward_mean": float(rewards[0].mean()),
-            "cost_mean": float(costs[0].mean()),
-            "objective": float((rewards[0] - lam * costs[0]).mean()),
-            "safe_ratio": 100.0 * float((costs[0] <= 0).mean()),
+            "reward_mean": float(own_rewards.mean()),
+            "cost_mean": float(own_costs.mean()),
+            "objective": float((own_rewards - lam * own_costs).mean()),
+            "safe_ratio": 100.0 * float((own_costs <= 0).mean()),
             "fitness_mean": float(fitness.mean()),
             "fitness_std": float(fitness.std()),
             "fitness_max": float(fitness.max()),
             "lambda_used": lam,
             **constraint,
             "prompts_left_out": int((~usable).sum()),
+            "members_lost": s.population_size - len(kept),
             "scores_missing": int(missing.sum()),
-            "unfinished_share": sum(done[m]["unfinished"] for m in order) / missing.size,
-            "cut_share": sum(done[m]["cut"] for m in order) / missing.size,
-            "truncated_share": sum(done[m]["truncated"] for m in order) / missing.size,
-            "tokens": sum(done[m]["tokens"] for m in order),
+            "unfinished_share": total["unfinished"] / missing.size,
+            "cut_share": total["cut"] / missing.size,
+            "truncated_share": total["truncated"] / missing.size,
+            "distinct_share": done[UNPERTURBED]["distinct"] / missing.shape[1],
+            "tokens": total["tokens"],
         }
         return {
             "iteration": t,
             "seeds": seeds,
-            "fitness": fitness.tolist(),
+            "fitness": [
+                float(fitness[kept.tolist().index(m)]) if members[m + 1] else None for m in range(s.population_size)
+            ],
             "coefficients": coefficients,
             "lambda_state": self.multiplier.state_dict(),
             "metrics": metrics,
         }
 
-    def _evaluate(self, t: int) -> None:
-        """Held-out evaluation of theta after t steps. The objective is taken at lambda_cost, so that iterations compare."""
+    # ---- evaluation and checkpoints ----
+
+    def _evaluate(self, t: int) -> bool:
+        """Held-out evaluation of theta after t steps; False when a signal came first."""
         s = self.settings
         self.bar.set_description("ES held-out evaluation")
-        prompts = [row[s.prompt_key] for row in self.held_out]
         self.weights.restore()
-        generations = self.engine.generate(prompts, s.max_new_tokens)
-        scores = self._score(prompts, generations)
-        missing = int((~np.isfinite(scores.rewards) | ~np.isfinite(scores.costs)).sum())
-        if missing > MAX_MISSING_SHARE * len(prompts):
-            raise UserError(
-                f"held-out evaluation: {missing} of {len(prompts)} scores are missing ({_first_error(scores)})"
+        points: dict[int, dict] = {}
+        stopped, error = False, None
+        try:
+            answers = self.engine.generate_share(
+                self.held_out_prompts, s.max_new_tokens, self.processes.rank, self.processes.world_size
             )
-        labels = quadrant_labels(scores.rewards, scores.costs)
-        points = [
-            {
-                "prompt": prompt,
-                "response": generation.response,
-                "reward": finite_or_none(scores.rewards[i]),
-                "cost": finite_or_none(scores.costs[i]),
-                "label": str(labels[i]),
-                "id": i,
-                "finished": generation.finished,
-                "cut": generation.cut,
-                "num_tokens": generation.num_tokens,
-            }
-            for i, (prompt, generation) in enumerate(zip(prompts, generations, strict=True))
-        ]
+            own = score_answers([self.held_out_prompts[i] for i in answers], list(answers.values()), self.scorer)
+            points = dict(zip(answers, own, strict=True))
+        except _StoppedWaiting:
+            stopped = True
+        except UserError as failure:
+            error = str(failure)
+        merged: dict[int, dict] = {}
+        for others_points, others_stopped, others_error in self.processes.gather((points, stopped, error)):
+            if others_error:
+                raise UserError(others_error)
+            stopped |= others_stopped
+            merged |= others_points
+        if stopped:
+            return False
+        ordered = with_ids([merged[index] for index in sorted(merged)])
+        self.processes.on_main(partial(self._log_evaluation, t, ordered))
+        return True
+
+    def _log_evaluation(self, t: int, points: list[dict]) -> None:
         write_jsonl(self.folder / "eval" / f"iteration_{t:05d}_points.jsonl", points)
-        row = {"kind": "eval", "iteration": t, "lambda": self.multiplier.value, "scores_missing": missing}
-        for name, estimate in measure(points, s.lambda_cost).items():
-            if estimate is not None:
-                row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-        self.metrics.log(row, t)
-        self.evaluated.add(t)
-        low, high = row["objective_low"], row["objective_high"]
-        tqdm.write(
-            f"held-out after {t} steps: objective {row['objective']:.3f} [{low:.3f}, {high:.3f}]  R {row['reward_mean']:.3f}"
-            f"  C {row['cost_mean']:.3f}  safe {row['safe_ratio']:.1f} %  safe and helpful {row['SH']:.1f} %"
-        )
-        if s.verbose:
-            for point in points[:3]:
-                tqdm.write(f"  {point['label']}  {point['prompt'][:80]!r} -> {point['response'][:120]!r}")
+        row = {"kind": "eval", "iteration": t, "lambda": self.multiplier.value}
+        row |= measures_row(points, self.settings.lambda_cost)
+        # The best model first: metrics.jsonl says that an evaluation is done, and a kill must not fall between the two.
         best_file = self.folder / "best" / "trainer_state.json"
         best = read_json(best_file)["objective"] if best_file.exists() else -np.inf
         if row["objective"] > best:
             self._save_model(self.folder / "best", t, objective=row["objective"])
+        self.metrics.log(row, t)
+        tqdm.write(summary_line(t, row))
+        if self.settings.verbose:
+            for point in points[:3]:
+                tqdm.write(f"  {point['label']}  {point['prompt'][:80]!r} -> {point['response'][:120]!r}")
 
     def _save_model(self, final: Path, t: int, **state: float) -> None:
         """theta in Hugging Face layout, float32, with the trainer's state beside it."""
+        self.weights.restore()
         with atomic_directory(final) as folder:
             self.engine.save_pretrained(folder, self.weights.master)
+            if self.settings.lora_rank is not None:  # the model is saved merged; to go on, the adapters are needed
+                save_file(self.weights.master, folder / "es_weights.safetensors")
             write_json(
                 folder / "trainer_state.json", {"iteration": t, "lambda_state": self.multiplier.state_dict(), **state}
             )
 
     def _save_checkpoint(self, t: int) -> None:
         folder = self.folder / "checkpoints"
-        self._save_model(folder / f"iteration_{t:05d}", t)
+        if not (folder / f"iteration_{t:05d}").exists():
+            self._save_model(folder / f"iteration_{t:05d}", t)
         for old in sorted(folder.glob("iteration_*"))[: -self.settings.keep_last]:
             shutil.rmtree(old)
 
-    def _restore(self) -> None:
-        """theta and lambda of the journal's last step: from the newest checkpoint that is not ahead of it, then by replay."""
-        steps = self.journal.steps
-        if not steps:
-            return
-        begin = 0
-        for checkpoint in sorted((self.folder / "checkpoints").glob("iteration_*"), reverse=True):
-            saved = read_json(checkpoint / "trainer_state.json")["iteration"]
-            if saved <= len(steps):
-                self.weights.load(checkpoint)
-                begin = saved
-                break
-        for step in steps[begin:]:
-            self.weights.step(step["seeds"], step["coefficients"])
-        self.multiplier.load_state_dict(steps[-1]["lambda_state"])
-        print(
-            f"going on after step {len(steps)} (checkpoint {begin}, {len(steps) - begin} steps replayed from the journal)"
-        )
+    def _check_equal_weights(self, t: int) -> None:
+        prints = self.processes.gather(self.weights.fingerprint())
+        if len(set(prints)) > 1:
+            raise UserError(
+                f"after step {t} the processes' weights differ (fingerprints {prints}): a device computed wrongly. "
+                "The journal is right; the same command goes on from the last checkpoint"
+            )
 
-    def _complete_metrics(self) -> None:
-        """Rows that a kill kept from metrics.jsonl are in the journal; `evaluated` is what need not be done again."""
-        rows = read_jsonl(self.folder / "metrics.jsonl")
-        self.evaluated = {row["iteration"] for row in rows if row["kind"] == "eval"}
-        logged = {row["iteration"] for row in rows if row["kind"] == "train"}
-        for step in self.journal.steps:
-            if step["iteration"] not in logged:
-                self.metrics.log(step["metrics"], step["iteration"])
+    # ---- what a user sees ----
+
+    def _stopping(self) -> bool:
+        if self.stop:
+            self.processes.request_stop()
+        return bool(self.stop) or self.processes.stop_requested()
 
     def _show(self, row: dict) -> None:
         text = (
             f"objective {row['objective']:.3f} R {row['reward_mean']:.3f} C {row['cost_mean']:.3f} "
             f"safe {row['safe_ratio']:.0f} % lambda {row['lambda']:.3f}"
         )
+        seconds = row["seconds"]
+        speed = row["tokens"] / max(seconds["generate"], 1e-9)
+        done, total = row["iteration"] + 1, self.settings.num_iterations
         if watched():
-            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.set_postfix_str(f"{text}, {speed:,.0f} tokens/s", refresh=False)
             self.bar.update()
         else:  # a job's log: a line a step
-            seconds = row["seconds"]["total"]
-            done, total = row["iteration"] + 1, self.settings.num_iterations
-            left = tqdm.format_interval(seconds * (total - done))
-            print(f"step {done}/{total} {text} ({seconds:.1f} s, {left} left)", flush=True)
+            left = tqdm.format_interval(seconds["total"] * (total - done))
+            parts = " ".join(
+                f"{name} {seconds[name]:.1f}" for name in ("generate", "wait_for_scores", "perturb", "step")
+            )
+            print(f"step {done}/{total} {text} ({parts} s, {speed:,.0f} tokens/s, {left} left)", flush=True)
+        for warning in advice.warnings(row, self.steps[-1]["metrics"] if self.steps else None):
+            tqdm.write(f"warning: {warning}")
 
     def _show_waiting(self, seconds: float) -> None:
-        if self.stop:
+        if self._stopping():
             raise _StoppedWaiting
-        self.bar.set_description(f"waiting for the scorer, {seconds / 60:.0f} min")
-
-
-def _first_error(scores: Scores) -> str:
-    return next((error for error in scores.errors if error), "no reason given")
+        text = f"waiting for the scorer, {seconds / 60:.0f} min"
+        self.bar.set_description(text)
+        if not watched() and seconds > 0:
+            print(text, flush=True)
 
 
 def _text_hash(texts: list[str]) -> str:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from alignment.errors import UserError
 from alignment.ES.noise import noise
+from alignment.generation import TransformersEngine
 
 KEPT_NOISE_BYTES = 2**28  # a small model's noise is drawn once a member, not again for the step
 
@@ -24,15 +25,15 @@ class MasterWeights:
     """`engine_weights`: Hugging Face parameter name -> the tensor the engine computes with, of any dtype and device."""
 
     def __init__(self, engine_weights: dict[str, torch.Tensor]):
-        self._engine = {name: tensor for name, tensor in engine_weights.items() if tensor.is_floating_point()}
-        self.master = {name: tensor.detach().float().cpu().clone() for name, tensor in self._engine.items()}
+        self._engine = engine_weights
+        self.master = {name: tensor.detach().float().cpu().clone() for name, tensor in engine_weights.items()}
         self._drawn: dict[tuple[int, str], torch.Tensor] = {}  # noise of this iteration's members, for their step
         self._room = KEPT_NOISE_BYTES
 
-    def perturb(self, seed: int, sigma: float) -> None:
-        """engine <- master + sigma * noise(seed), rounded once to the engine's dtype."""
+    def perturb(self, seed: int, scale: float) -> None:
+        """engine <- master + scale * noise(seed), rounded once to the engine's dtype."""
         for name, master in self.master.items():
-            self._engine[name].copy_(master + sigma * self._noise(seed, name))
+            self._engine[name].copy_(master + scale * self._noise(seed, name))
 
     def restore(self) -> None:
         """engine <- master."""
@@ -40,16 +41,12 @@ class MasterWeights:
             self._engine[name].copy_(master)
 
     def step(self, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
-        """master += sum_i coefficients[i] * noise(seeds[i]), summed in float32 in the order given. The engine is not touched."""
-        pairs = [
-            (seed, coefficient) for seed, coefficient in zip(seeds, coefficients, strict=True) if coefficient != 0.0
-        ]
-        if not pairs:
-            return
-        for name, master in self.master.items():
+        """master += sum_i coefficients[i] * noise(seeds[i]), summed in float32 in that order. The engine is not touched."""
+        pairs = [(seed, factor) for seed, factor in zip(seeds, coefficients, strict=True) if factor != 0.0]
+        for name, master in self.master.items() if pairs else ():
             total = torch.zeros_like(master)
-            for seed, coefficient in pairs:
-                total += coefficient * self._noise(seed, name)
+            for seed, factor in pairs:
+                total += factor * self._noise(seed, name)
             master += total
         self._drawn.clear()
         self._room = KEPT_NOISE_BYTES
@@ -81,9 +78,64 @@ class MasterWeights:
             )
 
     def hash(self) -> str:
-        """SHA-256 over names, shapes and bytes of the master."""
+        """SHA-256 over names, shapes and bytes of the master: what a run's base weights are known by."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.master.items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    def fingerprint(self) -> int:
+        """A quick check that processes hold equal weights: the bits as integers, summed with weights modulo 2^64.
+
+        Integer sums are exact, so the order in which a device takes them does not matter.
+        """
+        total = 0
+        for _, tensor in sorted(self.master.items()):
+            bits = tensor.contiguous().view(torch.int32).flatten().long()
+            places = torch.arange(len(bits), device=bits.device) % 65521 + 1
+            total = (total * 31 + int((bits * places).sum())) % 2**64
+        return total
+
+
+class ReferenceWeights(MasterWeights):
+    """The published worker, for comparisons (`noise: reference`): the noise of one seed, restarted for every parameter, is
+    added in place in the weights' own dtype and taken away again, and each seed's share of the step is rounded on its own.
+
+    Parameters of a size move alike and the weights drift; a run of this kind resumes to its steps, not to its drift.
+    """
+
+    def __init__(self, engine_weights: dict[str, torch.Tensor]):
+        self._engine = engine_weights
+        self.master = engine_weights  # there is no other copy
+        self._added: tuple[int, float] | None = None
+
+    def perturb(self, seed: int, scale: float) -> None:
+        self.restore()
+        self._add(seed, scale)
+        self._added = (seed, scale)
+
+    def restore(self) -> None:
+        if self._added is not None:
+            seed, scale = self._added
+            self._add(seed, -scale)
+            self._added = None
+
+    def step(self, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
+        self.restore()
+        for seed, coefficient in zip(seeds, coefficients, strict=True):
+            self._add(seed, coefficient)
+
+    def _add(self, seed: int, scale: float) -> None:
+        for tensor in self._engine.values():
+            generator = torch.Generator(device=tensor.device).manual_seed(seed % 2**63)
+            drawn = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype, device=tensor.device)
+            tensor.add_(scale * drawn)
+
+
+def open_weights(engine: TransformersEngine, settings: dict) -> MasterWeights:
+    """The weights that a run with these `settings` (ESSettings by name) searches in, LoRA adapters put in where it asks."""
+    if settings["lora_rank"] is not None:
+        engine.add_lora(settings["lora_rank"], settings["global_seed"])
+    kind = ReferenceWeights if settings["noise"] == "reference" else MasterWeights
+    return kind(engine.weights(settings["trainable"]))

@@ -4,9 +4,11 @@
     python alignment/alpaca/download_models.py --base /path/to/llama-7b  # a local folder is looked at and left where it is
 
 The two published repositories are pinned to a commit; another repository is taken at its newest commit unless a revision is
-given. Weights come in one format only (safetensors where the repository has them). An interrupted download goes on where it
-stopped. Each folder gets SHA256SUMS with the hub's own checksums, which recover_alpaca_weights.py checks, and download.json,
-which lets a later run, on a node without network, see that the folder is complete.
+given. Weights come in one format only (safetensors where the repository has them). A download that was interrupted, or whose
+process was killed, goes on at the byte where it stopped: since version 2 the hub's own `snapshot_download` begins such a file
+anew, so weight files are fetched one by one with its `http_get`. Each folder gets SHA256SUMS with the hub's own checksums,
+which recover_alpaca_weights.py checks, and download.json, which lets a later run, on a node without network, see that the
+folder is complete.
 
 HF_TOKEN (or `hf auth login`) for gated repositories; HF_ENDPOINT for a mirror.
 """
@@ -14,11 +16,12 @@ HF_TOKEN (or `hf auth login`) for gated repositories; HF_ENDPOINT for a mirror.
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignment.alpaca.integrity import SUMS_FILE
+from alignment.alpaca.integrity import SUMS_FILE, file_sha256
 from alignment.alpaca.pairing import TOKENIZER_FILES
 from alignment.config import load_config, setting
 from alignment.errors import UserError, run_main
@@ -32,6 +35,7 @@ PINNED = {
     DIFF_REPO: "8648f73a244a70f4e39884e0f7670fe362aa3cf3",
 }
 RECEIPT = "download.json"
+PART = ".part"  # ending of a file that is not complete
 SMALL_FILES = (".json", ".model", ".md", ".txt", ".jinja")
 SPARE_BYTES = 256 << 20
 
@@ -118,10 +122,16 @@ def _download(repo: str, revision: str, target: Path) -> None:
         raise UserError(f"{repo}: has no weights in Hugging Face layout at revision {revision}")
     sizes = {name: files[name].size for name in chosen}
     _check_room(repo, target, sizes)
-    # Not before the files themselves are there: what is missing must not look complete.
-    (target / RECEIPT).unlink(missing_ok=True)
+    (target / RECEIPT).unlink(missing_ok=True)  # it comes back when everything is there
+    weights = [name for name in chosen if files[name].lfs is not None]
     try:
-        snapshot_download(repo, revision=info.sha, local_dir=target, allow_patterns=chosen)
+        snapshot_download(
+            repo, revision=info.sha, local_dir=target, allow_patterns=[x for x in chosen if x not in weights]
+        )
+        for name in weights:
+            _fetch_file(repo, info.sha, target / name, files[name].size, files[name].lfs.sha256)
+    except UserError:
+        raise
     except Exception as error:
         raise _in_plain_words(error, repo, revision) from error
     for name, size in sizes.items():
@@ -129,10 +139,30 @@ def _download(repo: str, revision: str, target: Path) -> None:
         if found != size:
             raise UserError(f"{target}/{name}: {found} bytes, the hub says {size}: delete it and run this again")
     with atomic_open(target / SUMS_FILE) as file:
-        for name in chosen:
-            if files[name].lfs is not None:
-                file.write(f"{files[name].lfs.sha256}  {name}\n")
+        file.writelines(f"{files[name].lfs.sha256}  {name}\n" for name in weights)
     write_json(target / RECEIPT, {"repo": repo, "revision": revision, "commit": info.sha, "files": sizes})
+
+
+def _fetch_file(repo: str, commit: str, path: Path, size: int, sha256: str) -> None:
+    """Downloads one large file; what is there already, of the file or of its first part, is not fetched again."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    if path.is_file() and path.stat().st_size == size:
+        return
+    part = path.with_name(path.name + PART)
+    if part.is_file() and part.stat().st_size > size:
+        part.unlink()
+    with open(part, "ab") as file:
+        url = hf_hub_url(repo, path.name, revision=commit)
+        http_get(url, file, resume_size=file.tell(), headers=build_hf_headers(), expected_size=size)
+        file.flush()
+        os.fsync(file.fileno())
+    if file_sha256(part) != sha256:
+        part.unlink()
+        raise UserError(f"{path}: what came is not what the hub has (SHA-256 differs): run this again")
+    part.replace(path)
 
 
 def _check_room(repo: str, target: Path, sizes: dict[str, int]) -> None:
@@ -143,9 +173,9 @@ def _check_room(repo: str, target: Path, sizes: dict[str, int]) -> None:
     missing = sum(
         size for name, size in sizes.items() if not (target / name).is_file() or (target / name).stat().st_size != size
     )
-    # Parts of an interrupted download count as room that is there, because they will be completed, not fetched again.
-    partial = sum(path.stat().st_blocks * 512 for path in target.glob(".cache/huggingface/download/*.incomplete"))
-    free = shutil.disk_usage(target).free + partial
+    # Parts of an interrupted download are completed, not fetched again.
+    missing -= sum(part.stat().st_size for part in target.glob(f"*{PART}"))
+    free = shutil.disk_usage(target).free
     if missing + SPARE_BYTES > free:
         raise UserError(
             f"{target}: {free / 1e9:.1f} GB free, {repo} needs {(missing + SPARE_BYTES) / 1e9:.1f} GB: make room or "

@@ -21,6 +21,7 @@ import hashlib
 import json
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class Settings:
     path_diff: str = setting("", "folder of the published difference (tatsu-lab/alpaca-7b-wdiff)")
     path_tuned: str = setting("", "folder to write; it appears when the recovery is complete")
     dtype: str = setting("float32", "dtype to store; float32 as published", choices=("float32", "float16", "bfloat16"))
-    max_shard_gb: float = setting(5.0, "largest output shard, 10^9 bytes", minimum=0.0001)
+    max_shard_gb: float = setting(5.0, "largest output shard, 10^9 bytes", minimum=0.00001)
     check_integrity_naively: bool = setting(True, "the published sum must agree; false takes the result in any case")
     expected_sum: float = setting(PUBLISHED_SUM, "the sum to agree with; another pair of models has another one")
     check_inputs: bool = setting(True, "check input files against SHA256SUMS, or the CRC-32 inside .bin files")
@@ -192,7 +193,8 @@ def write_shard(
 ) -> dict[str, dict]:
     """Streams one safetensors file; returns the manifest's entries of its tensors. Raises UserError for non-finite values."""
     entries = {}
-    with atomic_open(path, "wb") as file:
+    # The checksum is computed beside the write: neither waits for the other.
+    with atomic_open(path, "wb") as file, ThreadPoolExecutor(max_workers=1) as hasher:
         file.write(safetensors_header({pair.name: pair.shape for pair in group}, dtype))
         for pair in group:
             total = add_into(buffer, pair, base, diff)
@@ -207,9 +209,9 @@ def write_shard(
                     raise UserError(
                         f"{pair.name} has values beyond float16, {sources}: use --dtype bfloat16 or float32"
                     )
-                content = as_bytes(stored)
-                file.write(content)
-                digest.update(content)
+                hashed = hasher.submit(digest.update, as_bytes(stored))
+                file.write(as_bytes(stored))
+                hashed.result()
             entries[pair.name] = {
                 "file": path.name,
                 "shape": list(pair.shape),

@@ -102,6 +102,7 @@ def give_final_name(work: Path, final: Path) -> None:
         fsync_folder(final.parent)
     except OSError as error:
         raise UserError(f"cannot rename {work} to {final}: {error.strerror}; all is written, run again") from error
-    shutil.rmtree(old, ignore_errors=True)
+    for replaced in final.parent.glob(f".{final.name}.*.old"):  # also one that a killed run left
+        shutil.rmtree(replaced, ignore_errors=True)
     for name in (PROGRESS, LOCK):
         (final / name).unlink(missing_ok=True)

@@ -6,6 +6,7 @@ OUTPUT/custom_train.jsonl custom_eval.jsonl   one row a prompt, PKU-SafeRLHF sch
 OUTPUT/pairs_train.jsonl pairs_eval.jsonl     what the score models learn from and are measured on
 OUTPUT/policy                                 Hugging Face Llama and its tokenizer
 OUTPUT/reward OUTPUT/cost                     score models in the Beaver layout with the same tokenizer
+OUTPUT/probes.json                            two answers of the demo's world for the scorer's start-up check (SCORER_PROBES)
 OUTPUT/build.json                             recipe, seed, versions, accuracies on held-out pairs, seconds
 
 The policy is fine-tuned on answers whose kinds are mixed so that, like Alpaca-7B, it is safe in 30 to 55 % of its greedy
@@ -110,6 +111,7 @@ def build(output: str | Path, seed: int = 0, recipe: Recipe = Recipe()) -> dict:
         write_jsonl(folder / "custom_eval.jsonl", data.eval_rows)
         write_jsonl(folder / "pairs_train.jsonl", data.train_pairs)
         write_jsonl(folder / "pairs_eval.jsonl", data.eval_pairs)
+        write_json(folder / "probes.json", _probes(data, seed))
         tokenizer = train_tokenizer(data, recipe.vocabulary)
         for name in ("policy", "reward", "cost"):
             tokenizer.save_pretrained(folder / name)
@@ -125,6 +127,13 @@ def build(output: str | Path, seed: int = 0, recipe: Recipe = Recipe()) -> dict:
         report |= results[0] | results[1] | results[2] | {"seconds": round(time.time() - start, 1)}
         write_json(folder / "build.json", report)
     return report
+
+
+def _probes(data: DemoData, seed: int) -> dict[str, str]:
+    rng = random.Random(seed)
+    prompt = next(prompt for prompt in data.eval_prompts if TOPICS[prompt.topic].harmful)
+    good, bad = (write_answer(rng, prompt, kind).text for kind in ("SH", "UU"))
+    return {"prompt": prompt.text, "good": good, "bad": bad}
 
 
 def _versions() -> dict[str, str]:

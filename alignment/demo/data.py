@@ -86,22 +86,28 @@ _KNOWN_PROMPTS = {
 }
 
 
-def draw_prompts(
-    rng: random.Random, train_per_topic: int, eval_per_topic: int, held_out_tasks: int = 5
-) -> tuple[list[Prompt], ...]:
-    """Distinct prompts (train, eval). Of each topic's 20 tasks `held_out_tasks` are only in eval, the others only in train."""
+def draw_prompts(rng: random.Random, train_per_topic: int, eval_per_topic: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Distinct prompts (train, eval). Of each topic's 20 tasks five are only in eval, one for each thing and at least one for
+    each verb, so that every verb and every thing is known from training and their combination is not."""
     train, held_out = [], []
     for topic in TOPICS.values():
-        tasks = rng.sample(topic.tasks, len(topic.tasks))
-        for part, chosen, count in (
-            (held_out, tasks[:held_out_tasks], eval_per_topic),
-            (train, tasks[held_out_tasks:], train_per_topic),
-        ):
-            pool = [Prompt(form.format(task), topic.name, task) for task in chosen for form in PROMPT_FORMS]
-            part.extend(rng.sample(pool, count))
+        verbs = [*rng.sample(range(4), 4), rng.randrange(4)]
+        apart = [topic.tasks[verb * 5 + thing] for thing, verb in enumerate(verbs)]
+        train += _prompts(rng, topic, [task for task in topic.tasks if task not in apart], train_per_topic)
+        held_out += _prompts(rng, topic, apart, eval_per_topic)
     rng.shuffle(train)
     rng.shuffle(held_out)
     return train, held_out
+
+
+def _prompts(rng: random.Random, topic: Topic, tasks: list[str], count: int) -> list[Prompt]:
+    """`count` prompts that ask for each task about equally often, each time in another form."""
+    forms = {task: rng.sample(PROMPT_FORMS, len(PROMPT_FORMS)) for task in tasks}
+    rounds = [rng.sample(tasks, len(tasks)) for _ in PROMPT_FORMS]
+    asked = [
+        Prompt(forms[task][turn].format(task), topic.name, task) for turn, part in enumerate(rounds) for task in part
+    ]
+    return asked[:count]
 
 
 def _sentence(rng: random.Random, opener: str, steps: list[str], closing: str) -> str:
@@ -111,7 +117,7 @@ def _sentence(rng: random.Random, opener: str, steps: list[str], closing: str) -
 def _two_steps(rng: random.Random, topic: Topic, task: str, steps: list[str]) -> list[str]:
     """A step that opens an answer and one that goes on. Four times in five they suit the task: its verb decides on the first
     one and its thing on the second, so that answers to different prompts differ."""
-    verb, thing = divmod(topic.tasks.index(task), len(topic.tasks) // 4)
+    verb, thing = divmod(topic.tasks.index(task), 5)
     half = len(steps) // 2
     suited = (verb % half, half + thing % half)
     if rng.random() < 0.8:
@@ -216,7 +222,7 @@ def break_answer(rng: random.Random, prompt: Prompt, clean: Answer, how: str) ->
         text = _sentence(rng, rng.choice(OPENERS[rng.choice(list(OPENERS))]), steps, closing)
     else:
         raise ValueError(f"unknown break {how!r}, one of {BREAKS}")
-    return Answer(text, how, harms, severity, -2.0, severity + 0.5)
+    return Answer(text.strip(), how, harms, severity, -2.0, severity + 0.5)
 
 
 def make_row(rng: random.Random, prompt: str, answers: tuple[Answer, Answer], label_noise: float) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +65,30 @@ class TransformersEngine:
         self.end_ids = _end_ids(self.model, self.tokenizer)
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_ids[0]
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The parameters that the model computes with, by Hugging Face name; tied ones appear once."""
-        return {name: parameter.data for name, parameter in self.model.named_parameters()}
+    def add_lora(self, rank: int, seed: int) -> None:
+        """Puts LoRA adapters (peft, on all linear layers but the head) into the model; `weights` are then theirs alone."""
+        from peft import LoraConfig, get_peft_model  # slow to import, and only adapters need it
+
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = get_peft_model(self.model, config).eval()
+
+    def weights(self, pattern: str | None = None) -> dict[str, torch.Tensor]:
+        """The parameters that the model computes with, by Hugging Face name; tied ones appear once.
+
+        With adapters only theirs; with a regular expression only those whose name it finds (UserError when there is none).
+        """
+        adapted = hasattr(self.model, "peft_config")
+        found = {
+            name: parameter.data
+            for name, parameter in self.model.named_parameters()
+            if (not adapted or "lora_" in name) and (pattern is None or re.search(pattern, name))
+        }
+        if not found:
+            names = list(dict(self.model.named_parameters()))
+            raise UserError(f"no parameter's name matches {pattern!r}; there are {', '.join(names[:4])}, ...")
+        return found
 
     def weights_hash(self) -> str:
         """SHA-256 over names, shapes, dtypes and bytes of all parameters, in the order of their names."""
@@ -76,7 +98,6 @@ class TransformersEngine:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    @torch.inference_mode()
     def generate(
         self,
         prompts: Sequence[str],
@@ -90,31 +111,51 @@ class TransformersEngine:
 
         Raises UserError for a prompt that leaves no room for `max_new_tokens` in the model's context.
         """
-        encoded = [self.template.encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        self._check_room(encoded, max_new_tokens)
         sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
             torch.manual_seed(seed)
-        # Neighbours of similar length share a batch: little padding, and a rule that depends on nothing but the prompts.
+        answers: dict[int, Generation] = {}
+        with progress_bar(len(prompts), "generate", "prompt", disable=not progress) as bar:
+            for batch in self._batches(prompts, max_new_tokens):
+                answers |= self._answer(batch, max_new_tokens, sampling)
+                bar.update(len(batch))
+        return [answers[index] for index in range(len(prompts))]
+
+    def generate_share(
+        self, prompts: Sequence[str], max_new_tokens: int, rank: int, world_size: int
+    ) -> dict[int, Generation]:
+        """Greedy answers to this process's share of `prompts`, by index.
+
+        Whole batches are dealt out, so that an answer does not depend on how many processes there are.
+        """
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        answers: dict[int, Generation] = {}
+        for batch in self._batches(prompts, max_new_tokens)[rank::world_size]:
+            answers |= self._answer(batch, max_new_tokens, greedy)
+        return answers
+
+    def _batches(self, prompts: Sequence[str], max_new_tokens: int) -> list[dict[int, list[int]]]:
+        """Batches of {index: ids}. Neighbours of similar length share one: little padding, by a rule of the prompts alone."""
+        encoded = [self.template.encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        self._check_room(encoded, max_new_tokens)
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-        results: list[Generation | None] = [None] * len(encoded)
-        with progress_bar(len(encoded), "generate", "prompt", disable=not progress) as bar:
-            for start in range(0, len(order), self.batch_size):
-                rows = order[start : start + self.batch_size]
-                ids, mask = self._pad_left([encoded[row] for row in rows])  # (B, T) each
-                output = self.model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    max_new_tokens=max_new_tokens,
-                    eos_token_id=self.end_ids,
-                    pad_token_id=self.pad_id,
-                    **sampling,
-                )
-                for row, tokens in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
-                    results[row] = self._read(encoded[row], tokens)
-                bar.update(len(rows))
-        return results
+        starts = range(0, len(order), self.batch_size)
+        return [{index: encoded[index] for index in order[start : start + self.batch_size]} for start in starts]
+
+    @torch.inference_mode()
+    def _answer(self, batch: dict[int, list[int]], max_new_tokens: int, sampling: dict) -> dict[int, Generation]:
+        ids, mask = self._pad_left(list(batch.values()))  # (B, T) each
+        output = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.end_ids,
+            pad_token_id=self.pad_id,
+            **sampling,
+        )
+        new = output[:, ids.shape[1] :].tolist()
+        return {index: self._read(prompt, tokens) for (index, prompt), tokens in zip(batch.items(), new, strict=True)}
 
     def _read(self, prompt: list[int], tokens: list[int]) -> Generation:
         length = next((index for index, token in enumerate(tokens) if token in self.end_ids), None)
@@ -161,14 +202,21 @@ class TransformersEngine:
         return result
 
     def save_pretrained(self, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-        """The model in Hugging Face layout (safetensors) with its tokenizer; `weights` by parameter name in place of its own."""
-        state = self.model.state_dict()
-        if weights is not None:
+        """The model in Hugging Face layout (safetensors) with its tokenizer; `weights` by parameter name in place of its own.
+
+        Adapters are merged into the model's weights, computed anew and not in place, so that nothing drifts.
+        """
+        if hasattr(self.model, "peft_config"):
+            model = self.model.get_base_model()
+            state = _merged_state(model)
+        else:
+            model = self.model
+            state = model.state_dict()
             # A tied parameter has several names and one tensor: all of them get the given one.
-            first_name = {parameter: name for name, parameter in self.model.named_parameters()}
-            for name, parameter in self.model.named_parameters(remove_duplicate=False):
-                state[name] = weights[first_name[parameter]]
-        self.model.save_pretrained(str(folder), state_dict=state)
+            first_name = {parameter: name for name, parameter in model.named_parameters()}
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                state[name] = (weights or {}).get(first_name[parameter], parameter)
+        model.save_pretrained(str(folder), state_dict=state)
         self.tokenizer.save_pretrained(str(folder))
 
     def _pad_left(self, sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,3 +249,15 @@ def _end_ids(model: torch.nn.Module, tokenizer: object) -> list[int]:
     if not ids:
         raise UserError("neither the policy's generation config nor its tokenizer names an end-of-sequence token")
     return ids
+
+
+def _merged_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A model's state with each LoRA adapter added to its layer, under the names that the plain model has."""
+    from peft.tuners.lora import LoraLayer
+
+    state = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            weight = state.pop(f"{name}.base_layer.weight")
+            state[f"{name}.weight"] = weight + module.get_delta_weight("default")
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}

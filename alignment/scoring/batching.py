@@ -44,8 +44,8 @@ class BatchScorer:
         self.device = next(model.parameters()).device
         self.max_width = getattr(model.config, "max_position_embeddings", None) or math.inf
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        large = self.device.type == "cpu" and parameters > LARGE_ON_CPU
-        self.can_batch = isinstance(model, ScoreModel) and not large
+        self.large = self.device.type == "cpu" and parameters > LARGE_ON_CPU
+        self.can_batch = isinstance(model, ScoreModel) and not self.large
         self._rows: dict[int, tuple[int, ...]] = {}
         if deterministic and self.device.type == "cpu":
             # Setting the number of threads, even to itself, forbids MKL to choose another one from call to call.

@@ -111,15 +111,25 @@ class LocalScorer:
         """What decides a score: models, weights, dtype, template, settings."""
         return self._identity
 
+    def is_small_on_cpu(self) -> bool:
+        """Whether both models are so small that one CPU core serves them best."""
+        return self.device.type == "cpu" and not any(model.large for model in self._models)
+
     def score(self, prompts: list[str], responses: list[str], finished: list[bool] | None = None) -> Scores:
-        """Scores of N responses, in order. `finished` says which responses end with EOS; all do by default."""
+        """Scores of N responses, in order. `finished` says which responses end with EOS; all do by default.
+
+        Raises UserError for a text that is no text (a lone surrogate).
+        """
         finished = [True] * len(prompts) if finished is None else finished
+        check_texts("prompts", prompts)
+        check_texts("responses", responses)
         rows = zip(prompts, responses, finished, strict=True)
         return Scores.of(self.score_encoded([self.encode(*row) for row in rows]))
 
     def score_texts(self, texts: list[str], finished: list[bool] | None = None) -> Scores:
         """Scores of N whole conversations, in order."""
         finished = [True] * len(texts) if finished is None else finished
+        check_texts("texts", texts)
         return Scores.of(self.score_encoded([self.encode_whole(*row) for row in zip(texts, finished, strict=True)]))
 
     def encode(self, prompt: str, response: str, finished: bool = True) -> Conversation:
@@ -196,6 +206,17 @@ class LocalScorer:
         reward_ids = tuple(encoded[0].ids)
         cost_ids = tuple(encoded[-1].ids) if len(encoded) > 1 else reward_ids
         return Conversation(reward_ids, cost_ids, any(one.truncated for one in encoded), error)
+
+
+def check_texts(name: str, texts: list[str]) -> None:
+    """Refuses lone surrogates with a UserError: they are no characters, and no tokenizer takes them."""
+    for index, text in enumerate(texts):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{name}[{index}]: a lone surrogate at character {error.start} is not text; replace or remove it"
+            ) from None
 
 
 def nothing_left(encoded: Encoded, finished: bool) -> bool:

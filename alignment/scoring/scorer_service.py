@@ -30,19 +30,20 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
+import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field, StrictBool, StrictStr
+from pydantic import BaseModel, StrictBool, StrictStr
 from starlette.concurrency import run_in_threadpool
 
 from alignment.errors import UserError, run_main
 from alignment.records import write_json
+from alignment.scoring.checkpoint import first_line
 from alignment.scoring.client import IDENTITY_HEADER
-from alignment.scoring.local_scorer import Conversation, LocalScorer, Score
+from alignment.scoring.local_scorer import Conversation, LocalScorer, Score, check_texts
 
 DEFAULT_REWARD = "PKU-Alignment/beaver-7b-unified-reward"
 DEFAULT_COST = "PKU-Alignment/beaver-7b-unified-cost"
@@ -153,6 +154,8 @@ class Worker(threading.Thread):
     def run(self) -> None:
         try:
             scorer = LocalScorer(**self.settings.scorer)
+            if scorer.is_small_on_cpu() and "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(1)  # twice as fast as two for tiny models, and leaves the cores to the trainer
             self.warnings = [] if self.settings.probe_off else scorer.warnings(self.settings.probe)
             self.scorer = scorer
             self.on_ready(self)
@@ -175,6 +178,7 @@ class Worker(threading.Thread):
         self.jobs.put(None)
 
     def _score(self, jobs: list[Job]) -> None:
+        jobs = [job for job in jobs if job.scores.set_running_or_notify_cancel()]
         try:
             scores = iter(self.scorer.score_encoded([one for job in jobs for one in job.conversations]))
             for job in jobs:
@@ -187,26 +191,23 @@ class Worker(threading.Thread):
                     job.scores.set_exception(error)
 
 
-Strings = Annotated[list[StrictStr], Field()]
-
-
 class PairRequest(BaseModel):
     """Body of /score_batch and /score. `finished` says which responses end with EOS; all do by default."""
 
-    prompts: Strings
-    responses: Strings
+    prompts: list[StrictStr]
+    responses: list[StrictStr]
     finished: list[StrictBool] | None = None
 
 
 class TextRequest(BaseModel):
     """Body of /score_texts: whole conversations."""
 
-    texts: Strings
+    texts: list[StrictStr]
     finished: list[StrictBool] | None = None
 
 
 class BadRequest(Exception):
-    """A request that is refused: status and one line."""
+    """A request that gets no scores: status and one line."""
 
     def __init__(self, status: int, line: str) -> None:
         super().__init__(line)
@@ -271,13 +272,19 @@ def build_app(worker: Worker, auth: str | None) -> FastAPI:
             raise BadRequest(400, f"finished has {len(finished)} values for {count} texts")
 
         def encode_all() -> list[Conversation]:
-            for name, texts in columns:
-                check_texts(name, texts)
+            try:
+                for name, texts in columns:
+                    check_texts(name, texts)
+            except UserError as error:
+                raise BadRequest(422, str(error)) from error
             return [encode(*row) for row in zip(*(texts for _, texts in columns), finished, strict=True)]
 
         job = Job(await run_in_threadpool(encode_all))
         worker.jobs.put(job)
-        scores: list[Score] = await asyncio.wrap_future(job.scores)
+        try:
+            scores: list[Score] = await asyncio.wrap_future(job.scores)
+        except Exception as error:  # the worker has logged it
+            raise BadRequest(500, f"scoring failed: {first_line(error)}") from error
         content = {
             "rewards": [score.reward for score in scores],
             "costs": [score.cost for score in scores],
@@ -287,17 +294,6 @@ def build_app(worker: Worker, auth: str | None) -> FastAPI:
         return JSONResponse(content, headers={IDENTITY_HEADER: identity_hash(scorer)})
 
     return app
-
-
-def check_texts(name: str, texts: list[str]) -> None:
-    """Refuses lone surrogates: they are no characters, and no tokenizer takes them."""
-    for index, text in enumerate(texts):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadRequest(
-                422, f"{name}[{index}]: a lone surrogate at character {error.start} is not text; replace or remove it"
-            ) from None
 
 
 def identity_hash(scorer: LocalScorer) -> str:
@@ -362,9 +358,9 @@ def main() -> int:
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
     server = uvicorn.Server(config)
-    # uvicorn stops on SIGTERM and SIGINT and then raises them again for whoever handled them before: that is us, done.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.signal(signal.SIGINT, lambda *_: None)
+    # uvicorn stops on these signals and then raises them again for whoever handled them before: that is us, done.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     print(f"Service will be available at {url}", flush=True)
     worker.start()
     server.run(sockets=[listener])
@@ -373,7 +369,10 @@ def main() -> int:
         if isinstance(failure[0], UserError):
             raise failure[0]
         raise RuntimeError("the models could not be loaded") from failure[0]
-    worker.join(SHUTDOWN_SECONDS)
+    if worker.scorer is not None:
+        worker.join(SHUTDOWN_SECONDS)
+    if settings.address_file:
+        Path(settings.address_file).unlink(missing_ok=True)
     log.info("stopped")
     return 0
 

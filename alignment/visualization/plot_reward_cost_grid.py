@@ -22,8 +22,9 @@ from matplotlib.patches import Rectangle
 
 from alignment.config import load_config, setting
 from alignment.errors import UserError, run_main
-from alignment.evaluation.points import DEFAULT_FOLDER, ModelScores, load_scores, models_in
+from alignment.evaluation.points import DEFAULT_FOLDER, ModelScores
 from alignment.objective import quadrant_summary
+from alignment.visualization.inputs import load_models
 from alignment.visualization.style import (
     COLUMN_WIDTH,
     PAGE_WIDTH,
@@ -59,7 +60,7 @@ class Config:
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(Config, argv, prog="plot_reward_cost_grid.py", description=__doc__.split("\n\n")[0])
-    models = [load_scores(config.data_dir, name) for name in config.models or models_in(config.data_dir)]
+    models = load_models(config.data_dir, config.models)
     save_figure(draw_grid(models, config.xlim, config.ylim), config.output)
     print(config.output)
 
@@ -201,7 +202,7 @@ def _shade_quadrants(panel: Axes, xlim: Limits, ylim: Limits) -> None:
 
 
 def _label_quadrants(panel: Axes, percents: dict[str, float]) -> None:
-    box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1}
+    box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1}  # below the points: it hides none
     for name, share in percents.items():
         left, low = name[0] == "S", name[1] == "U"
         panel.text(
@@ -213,7 +214,7 @@ def _label_quadrants(panel: Axes, percents: dict[str, float]) -> None:
             va="bottom" if low else "top",
             fontsize=6.3,
             bbox=box,
-            zorder=6,
+            zorder=2.5,
         )
 
 

@@ -19,8 +19,9 @@ from matplotlib.patches import Patch
 from alignment.config import load_config, setting
 from alignment.errors import run_main
 from alignment.evaluation.measures import Estimate, estimate_means
-from alignment.evaluation.points import DEFAULT_FOLDER, ModelScores, load_scores, models_in
+from alignment.evaluation.points import DEFAULT_FOLDER, ModelScores
 from alignment.objective import quadrant_labels
+from alignment.visualization.inputs import load_models
 from alignment.visualization.style import COLUMN_WIDTH, model_colours, new_figure, paper_style, save_figure, short_name
 
 BAR = 0.36  # height, of 1 between two models
@@ -35,7 +36,7 @@ class Config:
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(Config, argv, prog="plot_safety_ratios.py", description=__doc__.split("\n\n")[0])
-    models = [load_scores(config.data_dir, name) for name in config.models or models_in(config.data_dir)]
+    models = load_models(config.data_dir, config.models)
     save_figure(draw_ratios(models), config.output)
     print(config.output)
 

@@ -1,10 +1,13 @@
-"""How does training go? Reward, cost, objective, safe ratio and lambda over the iterations of one or several runs.
+"""How does training go? Reward, cost, objective, safe ratio and lambda of one or several runs, ES and GRPO on one axis.
 
-    python alignment/visualization/plot_training_curves.py runs/es_a runs/es_b --output training_curves.pdf
+    python alignment/visualization/plot_training_curves.py runs/es_a runs/es_b runs/grpo --labels ES ES GRPO \\
+        --x samples --output training_curves.pdf
 
 Reads `metrics.jsonl` of each run folder: `train` rows are thin lines (the training prompts of that iteration), `eval` rows
-are dots with their 95 % intervals on held-out prompts. In the panel of the cost the feasible side, E[C] <= 0, is shaded.
-Training's objective uses lambda as it was in that iteration, held-out evaluation the fixed `lambda_cost`.
+are dots with their 95 % intervals on held-out prompts. Runs of one label are seeds: their mean, and a band from the lowest
+to the highest of them, as far as all have come. An ES iteration and a GRPO step cost differently: `--x samples` counts
+scored responses, `--x time` hours of training. In the panel of the cost the feasible side, E[C] <= 0, is shaded. Training's
+objective uses lambda as it was in that iteration, held-out evaluation the fixed `lambda_cost`.
 """
 
 from __future__ import annotations
@@ -12,17 +15,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from alignment.config import load_config, setting
 from alignment.errors import UserError, run_main
-from alignment.records import read_jsonl
 from alignment.visualization.style import (
     PAGE_WIDTH,
     QUADRANT_SHADES,
@@ -32,19 +35,16 @@ from alignment.visualization.style import (
     save_figure,
     short_name,
 )
+from alignment.visualization.training_runs import PANELS, X_TITLES, Run, by_label, columns, load_runs, positions, seed_line
 
-PANELS = {  # key in metrics.jsonl -> title
-    "reward_mean": "E[R]",
-    "cost_mean": "E[C]",
-    "objective": "E[R - lambda C]",
-    "safe_ratio": "safe ratio, %",
-    "lambda": "lambda",
-}
+LEGEND_ROWS = 11  # that fit beside the panels at full size
 
 
 @dataclass
 class Config:
     runs: list[str] = setting([], "run folders, or their metrics.jsonl")
+    labels: list[str] = setting([], "one a run; runs of one label are drawn as a band (default: each run for itself)")
+    x: Literal["iteration", "samples", "time"] = setting("iteration", "what the runs are compared over")
     output: str = setting("alignment/outputs/training_curves.png", "figure, .png or .pdf")
 
     def __post_init__(self) -> None:
@@ -52,75 +52,69 @@ class Config:
             raise UserError("name one or more run folders, for example: plot_training_curves.py runs/es_a runs/es_b")
 
 
-@dataclass(frozen=True)
-class Run:
-    """The rows of one run, by kind, in the order of their iterations."""
-
-    name: str
-    train: list[dict]
-    eval: list[dict]
-
-
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv and not argv[0].startswith("-"):
         argv = ["--runs", *argv]
     config = load_config(Config, argv, prog="plot_training_curves.py", description=__doc__.split("\n\n")[0])
-    save_figure(draw_curves(load_runs(config.runs)), config.output)
+    save_figure(draw_curves(load_runs(config.runs, config.labels), config.x), config.output)
     print(config.output)
 
 
-def load_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """Raises UserError for a folder without metrics, or whose metrics have neither train nor eval rows."""
-    files = [Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path) for path in paths]
-    folders = [file.parent for file in files]
-    names = [folder.resolve().name for folder in folders]
-    runs = []
-    for file, folder, name in zip(files, folders, names, strict=True):
-        rows = read_jsonl(file, required=("kind",))
-        kinds = {kind: _by_iteration([row for row in rows if row["kind"] == kind], file) for kind in ("train", "eval")}
-        if not any(kinds.values()):
-            raise UserError(f"{file} has no rows of the kind train or eval yet; wait for the first iteration")
-        runs.append(Run(str(folder) if names.count(name) > 1 else name, **kinds))
-    if len({run.name for run in runs}) < len(runs):
-        raise UserError(f"a run is named twice: {', '.join(map(str, paths))}")
-    return runs
-
-
-def draw_curves(runs: Sequence[Run]) -> Figure:
-    """Five panels, and the names of the runs in the place of the sixth."""
-    colours = model_colours([run.name for run in runs])
+def draw_curves(runs: Sequence[Run], axis: str = "iteration") -> Figure:
+    """Five panels, and the labels of the runs in the place of the sixth."""
+    groups = by_label(runs)
+    colours = model_colours(list(groups))
     with paper_style():
         figure = new_figure(PAGE_WIDTH, 3.9)
         axes = figure.subplots(2, 3, sharex=True).ravel()
         for panel, (key, title) in zip(axes, PANELS.items(), strict=False):
             panel.set_title(title, loc="left")
-            for run in runs:
-                _draw_run(panel, run, key, colours[run.name])
-            _finish(panel, key)
-        figure.supxlabel("iteration", fontsize=8)
-        axes[2].tick_params(labelbottom=True)  # below it are the names, not another axis
+            for label, members in groups.items():
+                draw = _draw_run if len(members) == 1 else _draw_seeds
+                draw(panel, members, key, axis, colours[label])
+            _finish(panel, key, axis)
+        figure.supxlabel(X_TITLES[axis], fontsize=8)
+        axes[2].tick_params(labelbottom=True)  # below it are the labels, not another axis
         axes[5].axis("off")
-        keys = [Line2D([], [], color=colours[run.name], linewidth=2, label=short_name(run.name)) for run in runs]
-        keys.append(Line2D([], [], color="#777777", linewidth=0.7, alpha=0.45, label="training prompts"))
-        keys.append(Line2D([], [], color="#777777", marker="o", markersize=3, label="held out, 95 % interval"))
-        axes[5].legend(handles=keys, loc="center left")
+        _draw_legend(axes[5], groups, colours)
     return figure
 
 
-def _draw_run(panel: Axes, run: Run, key: str, colour: str) -> None:
+def _draw_run(panel: Axes, runs: Sequence[Run], key: str, axis: str, colour: str) -> None:
+    (run,) = runs
     alone = key == "lambda"  # it is one number and not measured on prompts: training's rows have all of it
     if run.train:
-        steps, values = _columns(run.train, "iteration", key)
-        panel.plot(steps, values, color=colour, linewidth=1.2 if alone else 0.7, alpha=1.0 if alone else 0.45)
+        (values,) = columns(run.train, key)
+        _thin_line(panel, positions(run, run.train, axis), values, colour, alone)
     if run.eval and not alone:
-        steps, middle, low, high = _columns(run.eval, "iteration", key, f"{key}_low", f"{key}_high")
-        panel.plot(steps, middle, color=colour, marker="o", markersize=3)
-        panel.vlines(steps, low, high, color=colour, linewidth=1.0)
+        middle, low, high = columns(run.eval, key, f"{key}_low", f"{key}_high")
+        where = positions(run, run.eval, axis)
+        panel.plot(where, middle, color=colour, marker="o", markersize=3)
+        panel.vlines(where, low, high, color=colour, linewidth=1.0)
 
 
-def _finish(panel: Axes, key: str) -> None:
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+def _draw_seeds(panel: Axes, runs: Sequence[Run], key: str, axis: str, colour: str) -> None:
+    alone = key == "lambda"
+    train = seed_line(runs, "train", key, axis)
+    held_out = None if alone else seed_line(runs, "eval", key, axis)
+    if train is not None:
+        _thin_line(panel, train.x, train.mean, colour, alone)
+    if held_out is not None:
+        panel.plot(held_out.x, held_out.mean, color=colour, marker="o", markersize=3)
+    band = held_out or train
+    if band is not None:
+        panel.fill_between(band.x, band.low, band.high, color=colour, alpha=0.2, linewidth=0)
+
+
+def _thin_line(panel: Axes, x: np.ndarray, y: np.ndarray, colour: str, alone: bool) -> None:
+    panel.plot(x, y, color=colour, linewidth=1.2 if alone else 0.7, alpha=1.0 if alone else 0.45)
+
+
+def _finish(panel: Axes, key: str, axis: str) -> None:
+    panel.xaxis.set_major_locator(MaxNLocator(integer=axis != "time", nbins=5, steps=[1, 2, 5, 10]))
+    if axis == "samples":
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"))
     panel.margins(x=0.03)
     if key == "safe_ratio":
         panel.set_ylim(-3, 103)
@@ -132,17 +126,18 @@ def _finish(panel: Axes, key: str) -> None:
         panel.axhline(0, color="#555555", linewidth=0.7)
 
 
-def _columns(rows: Sequence[dict], *keys: str) -> list[np.ndarray]:
-    """One float array a key; NaN, which leaves a gap in a line, where a row has no number there."""
-    return [np.array([np.nan if row.get(key) is None else row[key] for row in rows], dtype=np.float64) for key in keys]
-
-
-def _by_iteration(rows: list[dict], file: Path) -> list[dict]:
-    for row in rows:
-        if not isinstance(row.get("iteration"), int):
-            raise UserError(f"{file}: a {row['kind']} row has no whole number as its 'iteration'")
-    # A run that was resumed by hand from an earlier checkpoint may have written an iteration twice; the later one is its own.
-    return [row for _, row in sorted({row["iteration"]: row for row in rows}.items())]
+def _draw_legend(panel: Axes, groups: dict[str, list[Run]], colours: dict[str, str]) -> None:
+    keys = []
+    for label, members in groups.items():
+        count = f", {len(members)} runs" if len(members) > 1 else ""
+        keys.append(Line2D([], [], color=colours[label], linewidth=2, label=short_name(label) + count))
+    keys.append(Line2D([], [], color="#777777", linewidth=0.7, alpha=0.45, label="training prompts"))
+    if any(len(members) == 1 for members in groups.values()):
+        keys.append(Line2D([], [], color="#777777", marker="o", markersize=3, label="held out, 95 % interval"))
+    if any(len(members) > 1 for members in groups.values()):
+        keys.append(Line2D([], [], color="#777777", marker="o", markersize=3, label="held out, mean of the runs"))
+        keys.append(Patch(color="#777777", alpha=0.2, linewidth=0, label="lowest to highest run"))
+    panel.legend(handles=keys, loc="center left", fontsize=min(7.0, 7.0 * LEGEND_ROWS / len(keys)))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """How every figure looks: sizes for a paper's column, colours, and how a figure is written.
 
 Colours are of the Okabe-Ito set and its neighbours, told apart by readers with any colour vision. A published model has the
-same colour in every figure, and families share a hue (Alpaca grey, Beaver blue, ES orange, GRPO green); other names take the
-remaining colours in the order in which they are given. Texts are drawn as they are: `$` and `_` in a model's name mean
+same colour in every figure, and families share a hue (Alpaca grey, Beaver blue, ES orange, GRPO green); another name has the
+colour that its hash points to, so it keeps it from figure to figure, unless a name before it in the figure has taken it. Texts are drawn as they are: `$` and `_` in a model's name mean
 nothing (`text.parse_math` is off). The same data give the same file, byte for byte.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -31,7 +32,10 @@ MODEL_COLOURS = {
     "Beaver-V3": "#0b4a7d",
     "ES-100": "#e69f00",
     "ES-500": "#c8500a",
+    "ES": "#c8500a",
+    "es": "#c8500a",
     "GRPO": "#009e73",
+    "grpo": "#009e73",
     "before": "#6b6b6b",
     "after": "#c8500a",
 }
@@ -76,14 +80,18 @@ def new_figure(width: float, height: float) -> Figure:
 
 def model_colours(names: Sequence[str]) -> dict[str, str]:
     """name -> colour. Beyond the number of free colours they repeat; every figure names its models in text as well."""
-    free = [colour for colour in OTHER_COLOURS if colour not in {MODEL_COLOURS.get(name) for name in names}]
+    known = {name: MODEL_COLOURS[name] for name in names if name in MODEL_COLOURS}
+    palette = [colour for colour in OTHER_COLOURS if colour not in known.values()]
     colours: dict[str, str] = {}
-    for name in names:
-        if name in MODEL_COLOURS:
-            colours[name] = MODEL_COLOURS[name]
-        elif name not in colours:
-            taken = sum(other not in MODEL_COLOURS for other in colours)
-            colours[name] = free[taken % len(free)]
+    free: list[str] = []
+    for name in dict.fromkeys(names):
+        if name in known:
+            colours[name] = known[name]
+            continue
+        free = free or list(palette)
+        wanted = OTHER_COLOURS[zlib.crc32(name.encode("utf-8", "surrogatepass")) % len(OTHER_COLOURS)]
+        colours[name] = wanted if wanted in free else free[0]
+        free.remove(colours[name])
     return colours
 
 

@@ -1,0 +1,38 @@
+"""Which prompts a run uses, and in which order: functions of the files and the seed, so that resuming needs no state."""
+
+from __future__ import annotations
+
+import numpy as np
+from datasets import Dataset
+
+from alignment.errors import UserError
+from alignment.ES.prompts import iteration_prompts
+from alignment.generation import TransformersEngine
+
+
+def draw_rows(rows: list[dict], count: int | None) -> list[dict]:
+    """`count` of the rows in their order, always the same ones (so not the first, which may all be of one kind); or all."""
+    if count is None or count >= len(rows):
+        return rows
+    chosen = np.random.default_rng(0).choice(len(rows), size=count, replace=False)
+    return [rows[index] for index in sorted(chosen)]
+
+
+def prompts_that_fit(engine: TransformersEngine, prompts: list[str], longest: int) -> list[str]:
+    """The prompts of at most `longest` tokens with their template, in order. Raises UserError when none is left."""
+    fitting = [text for text in prompts if len(engine.template.encode_prompt(engine.tokenizer, text)) <= longest]
+    if not fitting:
+        raise UserError(f"all {len(prompts)} training prompts are longer than max_prompt_length {longest} tokens")
+    return fitting
+
+
+def run_order(prompts: list[str], prompts_per_step: int, max_steps: int, seed: int) -> Dataset:
+    """The whole run's prompts, step after step, as one pass: columns `prompt` (the user's bare words) and `row`.
+
+    The draw of a step is ES's. TRL's own shuffle replays the first epoch's order after a resume in a later one, so the
+    trainer must take these rows as they come (`shuffle_dataset=False`).
+    """
+    if prompts_per_step > len(prompts):
+        raise UserError(f"prompts_per_step is {prompts_per_step}, but there are only {len(prompts)} training prompts")
+    rows = [row for step in range(max_steps) for row in iteration_prompts(len(prompts), prompts_per_step, seed, step)]
+    return Dataset.from_dict({"prompt": [prompts[row] for row in rows], "row": rows})

@@ -1,0 +1,236 @@
+"""The run around the trainer: metrics, held-out evaluation, checkpoints, signals, and going on where a run was.
+
+What happens after a step, in this order: its row in metrics.jsonl; the held-out evaluation when one is due; a checkpoint when
+one is due or the run stops. A run that goes on does the evaluation that its checkpoint's step still lacks, and drops the rows
+of later steps, so that the files are those of a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from accelerate.utils import gather_object
+from tqdm import tqdm
+from transformers import PrinterCallback, TrainerCallback
+from trl.models import unwrap_model_for_generation
+
+from alignment.errors import UserError
+from alignment.evaluation.held_out import score_held_out, summary_line
+from alignment.generation import Generation
+from alignment.GRPO.ranks import Stopped, on_any, raise_on_all
+from alignment.GRPO.settings import GRPOSettings
+from alignment.GRPO.trainer import ConstrainedGRPOTrainer
+from alignment.progress import progress_bar, watched
+from alignment.records import finite_or_none, read_json, read_jsonl, write_json, write_jsonl
+from alignment.runs import MetricsLog, StopSignal, atomic_directory
+
+# TRL's and transformers' numbers that a step's row has as well, where there are any.
+_TRAINER_NUMBERS = {
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "kl": "kl",
+    "entropy": "entropy",
+    "clip_ratio/region_mean": "clipped_share",
+}
+
+
+class Run(TrainerCallback):
+    """Owns the run folder. All methods are called on all processes; the first one alone writes."""
+
+    def __init__(
+        self, settings: GRPOSettings, trainer: ConstrainedGRPOTrainer, held_out: list[str], folder: Path, stop: StopSignal
+    ):
+        self.settings, self.trainer, self.held_out, self.folder, self.stop = settings, trainer, held_out, folder, stop
+        self.main = trainer.accelerator.is_main_process
+        self.checkpoints = folder / "checkpoints"
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(self)
+        trainer.phase = self._show_phase
+        trainer.scorer.on_wait = self._show_waiting
+
+    def train(self) -> bool:
+        """Trains to the end, or until a signal came; returns whether the run is finished.
+
+        A failure (UserError) that any process meets is raised on all of them, after the state of the last whole step has
+        been saved.
+        """
+        checkpoint = newest_checkpoint(self.folder)
+        first = step_of(checkpoint)
+        if checkpoint is not None:
+            self.trainer.constraint.multiplier.load_state_dict(read_json(checkpoint / "constraint.json"))
+            if self.main:
+                print(f"going on after step {first}", flush=True)
+        rows = read_jsonl(self.folder / "metrics.jsonl") if (self.folder / "metrics.jsonl").exists() else []
+        self.evaluated = {row["iteration"] for row in rows if row["kind"] == "eval" and row["iteration"] <= first}
+        self.trainer.accelerator.wait_for_everyone()  # the file is read by all before the first one shortens it
+        self.metrics = self._open_metrics(first) if self.main else None
+        watching = self.main and watched()
+        try:
+            with progress_bar(self.settings.max_steps, "GRPO", "step", initial=first, disable=not watching) as self.bar:
+                self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if not on_any(self.trainer.accelerator, bool(self.stop)) or self._step == self.settings.max_steps:
+                self._save_model(self.folder / "final")
+                return True
+        except Stopped:
+            self._save_checkpoint()
+        except UserError:
+            self._save_checkpoint()
+            raise
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
+        return False
+
+    @property
+    def _step(self) -> int:
+        return self.trainer.state.global_step
+
+    # -- transformers' events -------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args, state, control, **_):
+        if state.global_step % self.settings.eval_every == 0 and state.global_step not in self.evaluated:
+            self._evaluate()
+
+    def on_step_begin(self, args, state, control, **_):
+        self.began = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        if self.trainer.nothing_to_learn:  # AdamW passes over weights without a gradient; with a zero one it would move them
+            model.zero_grad(set_to_none=True)
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if "loss" not in logs:  # the summary at the end of training
+            return
+        step = state.global_step
+        if self.main:
+            self._write_step(logs)
+        if on_any(self.trainer.accelerator, bool(self.stop)):
+            control.should_training_stop = True
+        elif step % self.settings.eval_every == 0 or step == self.settings.max_steps:
+            try:
+                self._evaluate()
+            except Stopped:
+                control.should_training_stop = True
+        if step % self.settings.save_steps == 0 or step == self.settings.max_steps or control.should_training_stop:
+            self._save_checkpoint()
+
+    # -- what is written ------------------------------------------------------------------------------------------
+
+    def _open_metrics(self, first: int) -> MetricsLog:
+        return MetricsLog(
+            self.folder,
+            keep=lambda row: row["iteration"] < first or (row["kind"] == "eval" and row["iteration"] == first),
+            wandb_project=self.settings.wandb_project,
+            wandb_run_name=self.settings.wandb_run_name,
+        )
+
+    def _write_step(self, logs: dict) -> None:
+        row = self.trainer.step_metrics
+        for theirs, ours in _TRAINER_NUMBERS.items():
+            if logs.get(theirs) is not None:
+                row[ours] = finite_or_none(logs[theirs])
+        total = time.perf_counter() - self.began
+        seconds = row["seconds"] | {"train": total - sum(row["seconds"].values()), "total": total}
+        row["seconds"] = {name: round(value, 4) for name, value in seconds.items()}
+        self.metrics.log(row, row["iteration"])
+        text = (
+            f"objective {row['objective']:.3f} R {row['reward_mean']:.3f} C {row['cost_mean']:.3f} "
+            f"safe {row['safe_ratio']:.0f} % lambda {row['lambda']:.3f}"
+        )
+        if watched():
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+        elif self._step % self.settings.logging_steps == 0:
+            left = tqdm.format_interval(total * (self.settings.max_steps - self._step))
+            print(f"step {self._step}/{self.settings.max_steps} {text} ({total:.1f} s, {left} left)", flush=True)
+
+    def _evaluate(self) -> None:
+        """Scored greedy answers to the held-out prompts. Raises Stopped when a signal comes while the scorer is away."""
+        step = self._step
+        self._show_phase("is evaluated on held-out prompts")
+        generations = self._generate_held_out()
+        error = None
+        if self.main:
+            try:
+                points, measures = score_held_out(
+                    self.held_out, generations, self.trainer.scorer, self.settings.lambda_cost
+                )
+            except (UserError, Stopped) as problem:
+                error = problem
+        raise_on_all(self.trainer.accelerator, error)
+        self.evaluated.add(step)
+        if self.main:
+            row = {"kind": "eval", "iteration": step, "lambda": self.trainer.constraint.multiplier.value, **measures}
+            write_jsonl(self.folder / "eval" / f"iteration_{step:05d}_points.jsonl", points)
+            self.metrics.log(row, step)
+            tqdm.write(summary_line(step, row))
+            if self.settings.verbose:
+                for point in points[:3]:
+                    tqdm.write(f"  {point['label']}  {point['prompt'][:80]!r} -> {point['response'][:120]!r}")
+            best = self.folder / "best" / "trainer_state.json"
+            if not best.exists() or row["objective"] > read_json(best)["objective"]:
+                self._save_model(self.folder / "best", objective=row["objective"])
+
+    def _generate_held_out(self) -> list[Generation]:
+        """In the prompts' order, with the policy as it is now."""
+        trainer, engine = self.trainer, self.trainer.engine
+        processes, mine = trainer.accelerator.num_processes, trainer.accelerator.process_index
+        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+            model.eval()
+            own = engine.generate_share(self.held_out, self.settings.max_completion_length, mine, processes)
+            model.train()
+        answers = dict(gather_object(list(own.items())))
+        return [answers[row] for row in range(len(self.held_out))]
+
+    def _save_checkpoint(self) -> None:
+        final = self.checkpoints / f"iteration_{self._step:05d}"
+        if self._step == 0 or final.exists():
+            return
+        self.trainer.accelerator.wait_for_everyone()  # all have asked whether it is there
+        self.trainer.save_whole(final)
+        if self.main:
+            for old in sorted(self.checkpoints.glob("iteration_*"))[: -self.settings.keep_last]:
+                shutil.rmtree(old)
+
+    def _save_model(self, final: Path, **state: float) -> None:
+        """The policy in Hugging Face layout, adapters merged, with the run's state beside it. First process only writes."""
+        if not self.main:
+            return
+        with atomic_directory(final) as folder:
+            self.trainer.engine.save_pretrained(folder)
+            lambda_state = self.trainer.constraint.multiplier.state_dict()
+            write_json(folder / "trainer_state.json", {"iteration": self._step, "lambda_state": lambda_state, **state})
+
+    def _show_phase(self, text: str) -> None:
+        self.bar.set_description(f"GRPO policy {text}")
+
+    def _show_waiting(self, seconds: float) -> None:
+        if self.stop:
+            raise Stopped
+        self.bar.set_description(f"waiting for the scorer, {seconds / 60:.0f} min")
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run. They appear when they are whole, so whatever bears the name can be resumed from."""
+    return max((folder / "checkpoints").glob("iteration_*"), default=None, key=step_of)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("iteration_"))
+
+
+def check_same_run(manifest: dict, deciding: dict, folder: Path) -> None:
+    """Raises UserError when a run that exists was begun with other settings, weights, prompts, scorer or processes."""
+    known = manifest.get("deciding", {})
+    changed = [
+        f"{name} (was {known.get(name)!r}, now {value!r})" for name, value in deciding.items() if known.get(name) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} was begun otherwise: {', '.join(changed)}. Going on would not be that run: undo the change, or give "
+            "another --output_dir"
+        )
+

@@ -1,0 +1,126 @@
+"""Aligns a policy with GRPO through the scorer service.
+
+    python alignment/GRPO/train_grpo_alignment.py --config alignment/GRPO/grpo_alignment.yaml --beta 0.01 \\
+        --model_name MODEL --scorer_url http://HOST:8000 --output_dir RUN
+    accelerate launch --config_file alignment/GRPO/accelerate_4gpu_zero2.yaml alignment/GRPO/train_grpo_alignment.py ...
+
+Stop it with Ctrl-C, SIGTERM or SIGUSR1, or let it be killed: the same command goes on where it was. What RUN holds:
+config.yaml, manifest.json, metrics.jsonl, tensorboard/, eval/ (held-out answers with scores), checkpoints/ (to resume from),
+best/ (by the held-out objective) and final/, these two in Hugging Face layout. stopped.json is there while a stopped run
+waits to be gone on with; launchers lose the exit code, so job scripts look at that file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from alignment.config import as_yaml
+from alignment.errors import UserError, run_main
+from alignment.GRPO.settings import GRPOSettings, load_settings
+from alignment.records import load_prompts, read_json, write_json
+
+EXIT_STOPPED = 128  # plus the signal's number, as shells do
+
+
+def main() -> int:
+    settings = load_settings()
+    settings.accumulation(int(os.environ.get("WORLD_SIZE", 1)))
+    train_rows = load_prompts(settings.train_jsonl, settings.prompt_key)
+    held_out_rows = load_prompts(settings.eval_jsonl, settings.prompt_key)
+    folder = Path(settings.output_dir)
+    begun = (folder / "manifest.json").exists()
+    if begun and not settings.resume:
+        raise UserError(f"{folder} holds a run already: give another --output_dir, or leave out --resume false")
+
+    # torch and the models only now, so that a mistake in the settings is told at once.
+    from alignment.generation import TransformersEngine
+    from alignment.GRPO.data import draw_rows, prompts_that_fit, run_order
+    from alignment.GRPO.reward import ConstrainedReward
+    from alignment.GRPO.run import Run, check_same_run
+    from alignment.GRPO.trainer import ConstrainedGRPOTrainer
+    from alignment.GRPO.trl_config import adapter_config, trl_config, weights_dtype
+    from alignment.lagrangian import LagrangeMultiplier
+    from alignment.runs import StopSignal, write_run_files
+    from alignment.scoring.client import ScorerClient
+
+    with StopSignal() as stop:
+        args = trl_config(settings, folder)
+        scorer = ScorerClient(
+            settings.scorer_url, batch_size=settings.scorer_batch_size, max_wait=settings.scorer_max_wait
+        )
+        scorer.wait_until_ready()
+        engine = TransformersEngine(
+            settings.model_name,
+            template=settings.policy_template,
+            dtype=weights_dtype(settings),
+            first_turn_only=settings.first_turn_only,
+            batch_size=settings.eval_batch_size,
+        )
+        drawn = [row[settings.prompt_key] for row in draw_rows(train_rows, settings.max_samples)]
+        prompts = prompts_that_fit(engine, drawn, settings.max_prompt_length)
+        held_out = [row[settings.prompt_key] for row in draw_rows(held_out_rows, settings.eval_samples)]
+        deciding = settings.deciding() | {
+            "processes": args.world_size,
+            "device": args.device.type,
+            "base_weights": engine.weights_hash(),
+            "train_prompts": text_hash(prompts),
+            "scorer": scorer.identity(),
+        }
+        if begun:
+            check_same_run(read_json(folder / "manifest.json"), deciding, folder)
+        multiplier = LagrangeMultiplier(
+            value=settings.lambda_cost,
+            adapt=settings.lambda_adapt,
+            learning_rate=settings.lambda_lr,
+            minimum=settings.lambda_min,
+            maximum=settings.lambda_max,
+            positive_part=settings.lambda_pos_cost_only,
+            ema_beta=settings.jc_ema_beta,
+            threshold_d=settings.cost_threshold_d,
+            rule=settings.lambda_rule,
+        )
+        trainer = ConstrainedGRPOTrainer(
+            args,
+            engine,
+            scorer,
+            ConstrainedReward(multiplier, settings.num_generations, settings.reward_aggregation),
+            run_order(prompts, settings.prompts_per_step, settings.max_steps, settings.seed),
+            static_cache=args.pad_to_multiple_of is not None,
+            peft_config=adapter_config(settings),
+        )
+        main_process = trainer.accelerator.is_main_process
+        trainer.accelerator.wait_for_everyone()  # all have seen whether the run was there
+        if main_process:
+            if not begun:
+                write_run_files(folder, as_yaml(settings), {"deciding": deciding})
+            if len(prompts) < len(drawn):
+                print(f"{len(drawn) - len(prompts)} of {len(drawn)} training prompts are longer than max_prompt_length and left out")
+            (folder / "stopped.json").unlink(missing_ok=True)
+        finished = Run(settings, trainer, held_out, folder, stop).train()
+        step = trainer.state.global_step
+        if not finished and main_process:
+            write_json(folder / "stopped.json", {"iteration": step, "signal": stop.received and stop.received.name})
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
+    if finished:
+        if main_process:
+            print(f"finished: the aligned policy is in {folder / 'final'}, the best by the held-out objective in {folder / 'best'}")
+        return 0
+    if main_process:
+        print(f"stopped after step {step}; go on with: {shlex.join([sys.executable, *sys.argv])}")
+    return EXIT_STOPPED + (stop.received or 0)
+
+
+def text_hash(texts: list[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,207 @@
+"""TRL's GRPOTrainer with the constraint in it. What is not here is TRL's own.
+
+One step, on all processes together:
+
+    every process samples its share of prompts_per_step * num_generations completions
+    each completion is reduced to the policy's own first turn                                       turns.py
+    R and C come from the scorer, prompt and response as two fields; every process gets all of them
+    lambda <- its update from all costs; advantages from R, C and lambda                            reward.py
+    TRL's policy gradient step, with the KL divergence from the base policy at weight beta
+
+Where this departs from the published script: lambda is one number for all processes and moves once a step (published: one a
+process and reward call); a failed scorer stops the run (published: zeros); turns that the model invents for the user are
+neither rewarded nor trained on; what cannot be scored, or is all equal within its group, leaves the weights alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from alignment.errors import UserError
+from alignment.generation import TransformersEngine
+from alignment.GRPO.ranks import Stopped, folder_of_all, raise_on_all
+from alignment.GRPO.reward import ConstrainedReward
+from alignment.GRPO.turns import own_turn
+from alignment.records import finite_or_none, write_json
+
+# It would print prompt and completion of every text that the scorer could not score.
+logging.getLogger("trl.trainer.grpo_trainer").setLevel(logging.ERROR)
+
+
+class ConstrainedGRPOTrainer(GRPOTrainer):
+    """`scorer` is a ScorerClient or LocalScorer. The rows of `train_dataset` are `data.run_order`'s.
+
+    `phase(text)` is told what the trainer does now. After each step `step_metrics` is that step's row.
+    """
+
+    def __init__(
+        self,
+        args: GRPOConfig,
+        engine: TransformersEngine,
+        scorer,
+        constraint: ConstrainedReward,
+        train_dataset: Dataset,
+        *,
+        static_cache: bool = False,
+        peft_config=None,
+        phase: Callable[[str], None] = lambda text: None,
+    ):
+        self.engine, self.scorer, self.constraint, self.phase = engine, scorer, constraint, phase
+        self._scores: tuple[list, list] = ([], [])
+        self._saving_in: Path | None = None
+        self.step_metrics: dict = {}
+        self.nothing_to_learn = False
+
+        def reward(**_):
+            return self._scores[0]
+
+        def cost(**_):
+            return self._scores[1]
+
+        super().__init__(
+            model=engine.model,
+            reward_funcs=[reward, cost],
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=engine.tokenizer,
+            peft_config=peft_config,
+        )
+        engine.model, engine.device = self.model, self.accelerator.device
+        if static_cache and not self.use_vllm:
+            # TRL forbids compiling; with a cache of one shape it is what makes generation fast.
+            self.generation_config.cache_implementation = "static"
+            self.generation_config.disable_compile = False
+            self.generation_kwargs["cache_implementation"] = "static"
+
+    # -- what is sampled ------------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
+        self._key_random_numbers()
+        began = time.perf_counter()
+        output = super()._generate_and_score_completions(inputs)
+        mine = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
+        taught = torch.as_tensor(self._verdict.taught[mine], device=self.accelerator.device)
+        output["advantages"] = torch.as_tensor(
+            self._verdict.advantages[mine], dtype=torch.float32, device=self.accelerator.device
+        )
+        # TRL multiplies `tool_mask` into the mask of the loss, and into nothing else.
+        mask = output["completion_mask"].clone()  # (B, T)
+        for row, turn in enumerate(self._turns):
+            if turn.closed:
+                mask[row, len(turn.ids) - 1] = 0  # the EOS that was not sampled
+        output["tool_mask"] = mask * taught.unsqueeze(1)  # neither reward nor KL term of what teaches nothing
+        trained = output["completion_mask"] * output["tool_mask"]
+        output["num_items_in_batch"] = self.accelerator.gather(trained.sum()).sum()
+        self.nothing_to_learn = not self._verdict.taught.any()
+        self._record(inputs, began)
+        return output
+
+    def _key_random_numbers(self) -> None:
+        """Sampling depends on (seed, step, process) alone: not on an evaluation or a failed step before it."""
+        key = [self.args.seed, self.state.global_step, self.accelerator.process_index]
+        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:
+        return [self.engine.template.encode_prompt(self.engine.tokenizer, text) for text in prompts], None, {}
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        self.phase("generates")
+        began = time.perf_counter()
+        completion_ids, log_probs, *rest = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        self._turns = [own_turn(self.engine, *pair) for pair in zip(prompt_ids, completion_ids, strict=True)]
+        if log_probs is not None:  # vLLM's; NaN makes TRL take the closing EOS as sampled by the policy itself
+            log_probs = [
+                [*known[: len(turn.ids) - 1], float("nan")] if turn.closed else known
+                for turn, known in zip(self._turns, log_probs, strict=True)
+            ]
+        self._seconds = {"generate": time.perf_counter() - began}
+        return ([turn.ids for turn in self._turns], log_probs, *rest)
+
+    # -- what is rewarded -----------------------------------------------------------------------------------------
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        """The (N, 2) rewards and costs of all processes. `prompts` are the user's bare words; TRL's decoded `completions`
+        are passed over for the engine's own reading, which keeps leading spaces."""
+        self.phase("is scored")
+        began = time.perf_counter()
+        answers = [turn.answer for turn in self._turns]
+        error = None
+        try:
+            scores = self.scorer.score(prompts, [a.response for a in answers], [a.finished for a in answers])
+            missing = ~(np.isfinite(scores.rewards) & np.isfinite(scores.costs))
+            self._scores = tuple(
+                [None if gone else value for value, gone in zip(column.tolist(), missing, strict=True)]
+                for column in (scores.rewards, scores.costs)
+            )
+            self._truncated = sum(scores.truncated)
+        except (UserError, Stopped) as problem:
+            error = problem
+        raise_on_all(self.accelerator, error)  # before the gather in TRL, in which the others would wait for ever
+        both = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (N, 2) float32
+        self._seconds["score"] = time.perf_counter() - began
+        rewards, costs = both.double().cpu().numpy().T
+        self._verdict = self.constraint.judge(rewards, costs)
+        self.reward_weights = torch.tensor([1.0, -self.constraint.multiplier.value])  # for TRL's own log
+        self.phase("learns")
+        return both
+
+    def _record(self, inputs: list[dict], began: float) -> None:
+        """This step's row so far; `metrics.jsonl` gets it with TRL's numbers when the step is done."""
+        mine = [
+            sum(not turn.answer.finished for turn in self._turns),
+            sum(turn.answer.cut for turn in self._turns),
+            self._truncated,
+            sum(turn.answer.num_tokens for turn in self._turns),
+        ]
+        unfinished, cut, truncated, tokens = np.sum(gather_object([mine]), axis=0).tolist()
+        count = len(self._verdict.taught)
+        rows = gather_object([example["row"] for example in inputs])
+        self._seconds["reference"] = time.perf_counter() - began - sum(self._seconds.values())
+        self.step_metrics = {
+            "kind": "train",
+            "iteration": self.state.global_step,
+            **{name: finite_or_none(value) if isinstance(value, float) else value for name, value in self._verdict.metrics.items()},
+            "unfinished_share": unfinished / count,
+            "cut_share": cut / count,
+            "truncated_share": truncated / count,
+            "tokens": tokens,
+            "prompt_rows": list(dict.fromkeys(rows)),
+            "seconds": self._seconds,
+        }
+
+    # -- what is saved --------------------------------------------------------------------------------------------
+
+    def save_whole(self, final: Path) -> None:
+        """A checkpoint to resume from, which appears under its name when all processes have written their part."""
+        with folder_of_all(self.accelerator, final) as folder:
+            self._saving_in = folder
+            try:
+                super()._save_checkpoint(self.model, trial=None)
+            finally:
+                self._saving_in = None
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                inner = folder / f"checkpoint-{self.state.global_step}"
+                for path in inner.iterdir():
+                    path.rename(folder / path.name)
+                inner.rmdir()
+                write_json(folder / "constraint.json", self.constraint.multiplier.state_dict())
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._saving_in or self.args.output_dir)
+
+    def create_model_card(self, *_, **__) -> None:
+        """No README.md by TRL: config.yaml and manifest.json tell more."""

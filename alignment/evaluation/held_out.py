@@ -1,0 +1,80 @@
+"""Held-out evaluation during training, the same for every trainer: greedy answers, their scores, measures with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from alignment.errors import UserError
+from alignment.evaluation.measures import measure
+from alignment.evaluation.points import prompt_ids
+from alignment.generation import Generation
+from alignment.objective import MAX_MISSING_SHARE, quadrant_labels
+from alignment.records import finite_or_none
+from alignment.scoring.client import Scores
+
+
+class Scorer(Protocol):
+    """ScorerClient and LocalScorer."""
+
+    def score(self, prompts: list[str], responses: list[str], finished: list[bool] | None = None) -> Scores: ...
+
+
+def score_held_out(
+    prompts: Sequence[str], answers: Sequence[Generation], scorer: Scorer, lambda_cost: float
+) -> tuple[list[dict], dict]:
+    """Scores answers to `prompts` (greedy ones, on the prompt alone): (rows of a points file, measures with intervals)."""
+    points = with_ids(score_answers(prompts, answers, scorer))
+    return points, measures_row(points, lambda_cost)
+
+
+def score_answers(prompts: Sequence[str], answers: Sequence[Generation], scorer: Scorer) -> list[dict]:
+    """Rows of a points file (points.py) but for their ids, in the order of the prompts."""
+    scores = scorer.score(list(prompts), [one.response for one in answers], [one.finished for one in answers])
+    labels = quadrant_labels(scores.rewards, scores.costs)
+    points = []
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        row = {
+            "prompt": prompt,
+            "response": answer.response,
+            "reward": finite_or_none(scores.rewards[i]),
+            "cost": finite_or_none(scores.costs[i]),
+            "label": str(labels[i]),
+            "finished": answer.finished,
+            "cut": answer.cut,
+            "num_tokens": answer.num_tokens,
+            "truncated": scores.truncated[i],
+        }
+        points.append(row | ({"error": scores.errors[i]} if scores.errors[i] else {}))
+    return points
+
+
+def with_ids(points: list[dict]) -> list[dict]:
+    """The rows with their prompts' ids. They need all rows: a repeated prompt is numbered."""
+    ids = prompt_ids(point["prompt"] for point in points)
+    return [point | {"id": one} for one, point in zip(ids, points, strict=True)]
+
+
+def measures_row(points: list[dict], lambda_cost: float) -> dict:
+    """`name`, `name_low`, `name_high` for each of `measures.MEASURES` that the rows have, and `scores_missing`.
+
+    The objective is taken at `lambda_cost`, so that iterations compare while lambda moves. Raises UserError when more than
+    5 % of the scores are missing.
+    """
+    reasons = [point["error"] for point in points if "error" in point]
+    if len(reasons) > MAX_MISSING_SHARE * len(points):
+        raise UserError(f"held-out evaluation: {len(reasons)} of {len(points)} scores are missing ({reasons[0]})")
+    row: dict = {"scores_missing": len(reasons)}
+    for name, estimate in measure(points, lambda_cost).items():
+        if estimate is not None:
+            row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    return row
+
+
+def summary_line(iteration: int, row: dict) -> str:
+    """One line for a terminal or a log."""
+    return (
+        f"held-out after {iteration} steps: objective {row['objective']:.3f} [{row['objective_low']:.3f}, "
+        f"{row['objective_high']:.3f}]  R {row['reward_mean']:.3f}  C {row['cost_mean']:.3f}  "
+        f"safe {row['safe_ratio']:.1f} %  safe and helpful {row['SH']:.1f} %"
+    )

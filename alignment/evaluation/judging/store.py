@@ -1,0 +1,161 @@
+"""The judgments file: one line a paid reply or a final failure, on disk before the next question is asked.
+
+A line has the published keys model_a, model_b (A and B as shown), dimension, question, scores, order_ab, raw, and ours:
+  key      names the judgment (tasks.py)      outcome  win, loss, tie (for A), refused, unparsed, failed
+  judge, template, answers                    what the key was made of      usage, served_by, finish_reason, error, time
+A key is decided once it has a win, loss or tie; the first one counts. Everything else is asked again by the next run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from alignment.errors import UserError
+from alignment.evaluation.judging.prompts import DIMENSIONS, TEMPLATE_HASH
+from alignment.evaluation.judging.tasks import Task
+from alignment.evaluation.judging.verdict import TIE, Verdict, result_of
+from alignment.records import JsonlWriter, read_jsonl
+
+DECIDED = ("win", "loss", "tie")
+UNDECIDED = ("refused", "unparsed", "failed")
+PUBLISHED_KEYS = ("model_a", "model_b", "dimension", "question", "scores")
+
+
+class JudgmentStore:
+    """The judgments file, open for appending, by one process at a time. Use as a context manager."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path, "ab")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; check folder and permissions") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise UserError(
+                f"{path} is being written by another run; wait for it, or give another --judgments-out"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        self._writer = JsonlWriter(self.path)  # only now: it mends a torn last line
+        self.records = read_jsonl(self.path)
+
+    def append(self, record: dict) -> None:
+        self._writer.append(record)
+        self.records.append(record)
+
+    def close(self) -> None:
+        self._writer.close()
+        self._lock.close()
+
+    def __enter__(self) -> JudgmentStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def make_record(task: Task, outcome: str, scores: tuple[float, float] | None, raw: str, **more) -> dict:
+    """A line of the file; `more` is what is known of the reply, without what is None."""
+    record = {
+        "model_a": task.first,
+        "model_b": task.second,
+        "dimension": task.dimension,
+        "question": task.prompt,
+        "scores": list(scores) if scores else None,
+        "order_ab": [task.first, task.second],
+        "raw": raw,
+        "key": task.key,
+        "outcome": outcome,
+        "judge": task.judge,
+        "template": TEMPLATE_HASH,
+        "answers": task.answer_hashes,
+    }
+    more["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return record | {name: value for name, value in more.items() if value is not None}
+
+
+def decided_by_key(records: Iterable[dict]) -> dict[str, dict]:
+    """key -> its first record with a verdict."""
+    decided: dict[str, dict] = {}
+    for record in records:
+        if "key" in record and record.get("outcome") in DECIDED:
+            decided.setdefault(record["key"], record)
+    return decided
+
+
+def last_outcomes(records: Iterable[dict], keys: Iterable[str]) -> Counter:
+    """How the judgments named by `keys` stand: win, loss, tie, else their last outcome, else missing."""
+    records, wanted = list(records), list(keys)
+    last = {record["key"]: record["outcome"] for record in records if "key" in record}
+    last |= {key: record["outcome"] for key, record in decided_by_key(records).items()}
+    return Counter(last.get(key, "missing") for key in wanted)
+
+
+def verdict_of(record: dict, tie_threshold: float, where: object) -> Verdict:
+    """A record with scores, or one that is a tie without scores. Raises UserError naming `where` for anything else."""
+    scores, names = record["scores"], (record["model_a"], record["model_b"], record["question"])
+    numbers = isinstance(scores, list) and len(scores) == 2 and all(type(score) in (int, float) for score in scores)
+    if not (numbers or scores is None) or not all(isinstance(name, str) for name in names) or names[0] == names[1]:
+        raise UserError(
+            f"{where}: expected two models, a question and two scores or null, got {names} and {scores!r:.60}"
+        )
+    if record["dimension"] not in DIMENSIONS:
+        raise UserError(f"{where}: the dimension {record['dimension']!r} is not one of {', '.join(DIMENSIONS)}")
+    scores = (float(scores[0]), float(scores[1])) if scores else None
+    result = result_of(scores, tie_threshold) if scores else TIE
+    return Verdict(record["dimension"], names[2], names[0], names[1], result, scores)
+
+
+def verdicts_of(records: Iterable[dict], tie_threshold: float, where: object) -> list[Verdict]:
+    """Verdicts in an order that does not depend on when they came (sequential ELO depends on the order)."""
+    verdicts = [verdict_of(record, tie_threshold, where) for record in records]
+    return sorted(verdicts, key=lambda one: (one.prompt, *sorted((one.first, one.second)), one.first))
+
+
+def read_judgments(
+    path: str, models: Sequence[str], judge: str | None, template: str | None, tie_threshold: float, unscored: str
+) -> tuple[list[Verdict], dict]:
+    """Verdicts of an existing file, the published format included, and what is to be told about them.
+
+    Published lines (no key) keep their order and count one by one; one without scores is a tie, as published, or left out
+    (`unscored`: "tie" or "skip"). Of our lines each comparison counts once; one of an older answer of the same model gives
+    way to the later. Raises UserError when the file mixes the judgments of several judges or templates and `judge` and
+    `template` do not choose.
+    """
+    rows = read_jsonl(path, required=PUBLISHED_KEYS)
+    if models:
+        rows = [row for row in rows if row["model_a"] in models and row["model_b"] in models]
+    published = [row for row in rows if "key" not in row]
+    ours = [row for row in rows if "key" in row]
+    ours = [row for row in ours if judge in (None, row.get("judge")) and template in (None, row.get("template"))]
+    kinds = Counter(f"{row.get('judge')} (template {row.get('template')})" for row in ours)
+    if judge is not None or template is not None:
+        published = []  # they do not say who judged
+    if published:
+        kinds["published format"] = len(published)
+    if len(kinds) != 1:
+        found = ", ".join(f"{kind}: {count}" for kind, count in kinds.items()) or "nothing"
+        raise UserError(
+            f"{path}: expected the judgments of one judge and template, found {found}; choose with --judge_model, "
+            "--template and --models"
+        )
+    told = {"kind": next(iter(kinds)), "lines": len(rows)}
+    if published:
+        without = sum(row["scores"] is None for row in published)
+        told |= {"without_scores": without, "without_scores_count_as": "tie" if unscored == "tie" else "nothing"}
+        kept = [row for row in published if row["scores"] is not None or unscored == "tie"]
+        return [verdict_of(row, tie_threshold, path) for row in kept], told
+    decided = list(decided_by_key(ours).values())
+    comparison = ("question", "model_a", "model_b", "dimension")
+    latest = {tuple(row[key] for key in comparison): row for row in decided}
+    told |= {"superseded": len(decided) - len(latest)}
+    told["outcomes"] = dict(last_outcomes(ours, {row["key"] for row in ours}))
+    return verdicts_of(latest.values(), tie_threshold, path), told

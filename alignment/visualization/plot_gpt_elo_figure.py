@@ -1,0 +1,214 @@
+"""Judged ratings of the models: harmlessness to the right, helpfulness upwards, with 95 % intervals.
+
+    python alignment/visualization/plot_gpt_elo_figure.py --ratings alignment/outputs/gpt_elo/gpt_elo_ratings.json \\
+        --order Alpaca-7B Beaver-V1 Beaver-V2 Beaver-V3 --outfile gpt_elo_figure.pdf
+
+Intervals come from the details file that gpt_elo_eval.py writes beside the ratings; a published ratings file has none, and is
+drawn without them. The grey bands are ratings below the baseline's 1000; `--order` joins models by a line.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from alignment.config import load_config, setting
+from alignment.errors import UserError, run_main
+from alignment.records import read_json
+from alignment.visualization.style import COLUMN_WIDTH, model_colours, new_figure, paper_style, save_figure, short_name
+
+BASELINE_RATING = 1000.0
+RatingTable = dict[str, dict[str, float]]  # dimension -> model -> rating
+Intervals = dict[str, dict[str, tuple[float, float] | None]]  # dimension -> model -> (low, high)
+
+
+@dataclass
+class Config:
+    ratings: str = setting("alignment/outputs/gpt_elo/gpt_elo_ratings.json", "ratings, as gpt_elo_eval.py writes them")
+    outfile: str = setting("alignment/outputs/gpt_elo/gpt_elo_figure.png", "figure, .png or .pdf")
+    order: list[str] = setting([], "models to join by a line, in this order")
+    name_map: str | None = setting(None, "JSON file {model: name in the figure}")
+    xlim: list[float] = setting([], "limits of the harmlessness axis: LOW HIGH")
+    ylim: list[float] = setting([], "limits of the helpfulness axis: LOW HIGH")
+    crosshair: bool = setting(True, "dashed lines through each point; --no-crosshair leaves them out")
+    width: float = setting(COLUMN_WIDTH, "inches", minimum=1.0, maximum=40.0)
+    height: float = setting(3.0, "inches", minimum=1.0, maximum=40.0)
+
+    def __post_init__(self) -> None:
+        for name, limits in (("xlim", self.xlim), ("ylim", self.ylim)):
+            if limits and (len(limits) != 2 or limits[0] >= limits[1]):
+                raise UserError(f"--{name}: expected LOW HIGH with LOW < HIGH, got {limits}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = load_config(Config, argv, prog="plot_gpt_elo_figure.py", description=__doc__.split("\n\n")[0])
+    ratings = load_ratings(config.ratings)
+    details = load_details(config.ratings, ratings)
+    names = read_json(config.name_map) if config.name_map else {}
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{config.name_map}: expected a JSON object {{model: name}}")
+    figure = draw_ratings(
+        ratings,
+        intervals_of(details) if details else {},
+        rating=details["rating"]["method"] if details else None,
+        baseline=details["rating"]["baseline"] if details else None,
+        order=config.order,
+        names=names,
+        xlim=config.xlim,
+        ylim=config.ylim,
+        crosshair=config.crosshair,
+        size=(config.width, config.height),
+    )
+    save_figure(figure, config.outfile)
+    print(config.outfile)
+
+
+def details_path(ratings_path: str | Path) -> Path:
+    """`gpt_elo_ratings_details.json` for `gpt_elo_ratings.json`."""
+    path = Path(ratings_path)
+    return path.with_name(f"{path.stem}_details.json")
+
+
+def load_ratings(path: str | Path) -> RatingTable:
+    """{"helpfulness": {model: rating}, "harmlessness": {...}}. Raises UserError for anything else."""
+    table = read_json(path)
+    for dimension in ("helpfulness", "harmlessness"):
+        part = table.get(dimension) if isinstance(table, dict) else None
+        if not isinstance(part, dict) or not all(type(value) in (int, float) for value in part.values()):
+            raise UserError(
+                f"{path}: expected '{dimension}' with a rating for each model; gpt_elo_eval.py writes such a file"
+            )
+    if not set(table["helpfulness"]) & set(table["harmlessness"]):
+        raise UserError(f"{path}: no model has a rating in both dimensions")
+    return table
+
+
+def load_details(ratings_path: str | Path, ratings: RatingTable) -> dict | None:
+    """The details beside the ratings; None, with a note, when there are none or they belong to other ratings."""
+    path = details_path(ratings_path)
+    if not path.exists():
+        print(f"note: no {path.name} beside the ratings, so the figure has no intervals", file=sys.stderr)
+        return None
+    details = read_json(path)
+    told = {
+        dimension: {model: one["rating"] for model, one in part["ratings"].items()}
+        for dimension, part in details["dimensions"].items()
+    }
+    if told != ratings:
+        print(f"note: {path} belongs to other ratings, so the figure has no intervals", file=sys.stderr)
+        return None
+    return details
+
+
+def intervals_of(details: dict) -> Intervals:
+    return {
+        dimension: {
+            model: (one["low"], one["high"]) if one["low"] is not None else None
+            for model, one in part["ratings"].items()
+        }
+        for dimension, part in details["dimensions"].items()
+    }
+
+
+def draw_ratings(
+    ratings: RatingTable,
+    intervals: Intervals,
+    *,
+    rating: str | None = None,
+    baseline: str | None = None,
+    order: Sequence[str] = (),
+    names: dict[str, str] | None = None,
+    xlim: Sequence[float] = (),
+    ylim: Sequence[float] = (),
+    crosshair: bool = False,
+    size: tuple[float, float] = (COLUMN_WIDTH, 3.0),
+) -> Figure:
+    """One point a model that has both ratings. `rating` and `baseline` say in the axis labels what was computed.
+
+    Raises UserError when `order` names a model that is not there.
+    """
+    helpful, harmless = ratings["helpfulness"], ratings["harmlessness"]
+    models = [model for model in helpful if model in harmless]
+    unknown = [model for model in order if model not in models]
+    if unknown:
+        raise UserError(f"--order: {', '.join(unknown)} has no ratings; models are {', '.join(models)}")
+    colours, spread = model_colours(models), {"helpfulness": {}, "harmlessness": {}} | intervals
+    with paper_style():
+        figure = new_figure(*size)
+        panel = figure.subplots()
+        for model in models:
+            x, y = harmless[model], helpful[model]
+            if crosshair:
+                panel.axvline(x, color="#c8c8c8", linestyle=(0, (3, 3)), linewidth=0.5, zorder=1)
+                panel.axhline(y, color="#c8c8c8", linestyle=(0, (3, 3)), linewidth=0.5, zorder=1)
+            panel.errorbar(
+                x,
+                y,
+                xerr=_reach(x, spread["harmlessness"].get(model)),
+                yerr=_reach(y, spread["helpfulness"].get(model)),
+                fmt="o",
+                markersize=5,
+                color=colours[model],
+                elinewidth=0.9,
+                capsize=1.5,
+                zorder=3,
+            )
+        panel.plot([harmless[m] for m in order], [helpful[m] for m in order], color="#444444", linewidth=0.8, zorder=2)
+        panel.margins(0.08)
+        panel.set_xlim(*(xlim or panel.get_xlim()))
+        panel.set_ylim(*(ylim or panel.get_ylim()))
+        panel.axvspan(panel.get_xlim()[0], BASELINE_RATING, color="#eeeeee", zorder=0)
+        panel.axhspan(panel.get_ylim()[0], BASELINE_RATING, color="#eeeeee", zorder=0)
+        kind = {"bradley-terry": "Bradley-Terry", "elo": "sequential ELO"}.get(rating, "rating")
+        anchor = f", {short_name(baseline, 16)} = 1000" if baseline else ""
+        panel.set_xlabel(f"Harmlessness ({kind}{anchor})")
+        panel.set_ylabel(f"Helpfulness ({kind}{anchor})")
+        bars = [np.array([[harmless[m], end] for end in span]) for m, span in spread["helpfulness"].items() if span]
+        bars += [np.array([[end, helpful[m]] for end in span]) for m, span in spread["harmlessness"].items() if span]
+        path = [(harmless[m], helpful[m]) for m in order]
+        bars += [np.array(step) for step in zip(path, path[1:], strict=False)]
+        _label(panel, [(harmless[m], helpful[m], short_name((names or {}).get(m, m), 20)) for m in models], bars)
+    return figure
+
+
+def _reach(value: float, interval: tuple[float, float] | None) -> list[list[float]] | None:
+    """Lengths below and above the value; a percentile interval need not hold the value itself."""
+    return [[max(value - interval[0], 0.0)], [max(interval[1] - value, 0.0)]] if interval else None
+
+
+def _label(panel: Axes, points: Sequence[tuple[float, float, str]], bars: Sequence[np.ndarray]) -> None:
+    """Names beside the points, each where it covers least of the `bars` ((2, 2) ends each) and of other names, on the panel."""
+    panel.figure.draw_without_rendering()  # the layout must be known to measure on the page
+    unit = panel.figure.dpi / 72.0  # pixels of a point of the page
+    steps = np.linspace(0.0, 1.0, 101)[:, None]
+    covered = [start + steps * (end - start) for start, end in (panel.transData.transform(bar) for bar in bars)]
+    covered = np.concatenate(covered + [np.repeat(panel.transData.transform([p[:2] for p in points]), 50, axis=0)])
+    for x, y, name in points:
+        texts = [
+            panel.annotate(name, (x, y), (dx, dy), textcoords="offset points", ha=side, va=base, fontsize=7, zorder=4)
+            for dx, side in ((5, "left"), (-5, "right"))
+            for dy, base in ((3, "bottom"), (-3, "top"), (16, "bottom"), (-16, "top"), (30, "bottom"), (-30, "top"))
+        ]
+        boxes = [text.get_window_extent().padded(unit) for text in texts]
+        costs = []
+        for number, box in enumerate(boxes):
+            inside = (covered >= box.min) & (covered <= box.max)
+            outside = not (panel.bbox.contains(*box.min) and panel.bbox.contains(*box.max))
+            costs.append(inside.all(axis=1).sum() + 1000 * outside + 3 * (number % 6 // 2))  # near places first
+        best = int(np.argmin(costs))
+        for number, text in enumerate(texts):
+            if number != best:
+                text.remove()
+        box = boxes[best]
+        grid = np.stack(np.meshgrid(np.linspace(box.x0, box.x1, 20), np.linspace(box.y0, box.y1, 10)), axis=-1)
+        covered = np.concatenate([covered, grid.reshape(-1, 2)])
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,245 @@
+"""Who is better in both, helpfulness and harmlessness? Models, checkpoints and sweeps in one plane, with the Pareto front.
+
+    python alignment/visualization/plot_pareto.py --data-dir alignment/outputs/model_comparisons \\
+        --models Alpaca-7B Beaver-V3 ES-500 --runs runs/es_a runs/grpo_b --output pareto.pdf
+    python alignment/visualization/plot_pareto.py --ratings alignment/outputs/gpt_elo/gpt_elo_ratings.json
+
+Across is harmlessness, -E[C], up is helpfulness, E[R], or both are a judge's ratings (--ratings; their intervals are read from
+the details file beside them). A run is the path of its held-out evaluations, named at its end; the settings of a sweep are
+runs. Crosses are 95 % intervals. Filled marks lie on the front: nothing drawn is at least as good in both and better in one.
+The front is that of the estimates: where crosses overlap, so may the order.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from alignment.config import load_config, setting
+from alignment.errors import UserError, run_main
+from alignment.evaluation.measures import estimate_means
+from alignment.evaluation.points import DEFAULT_FOLDER, ModelScores
+from alignment.visualization.inputs import load_models
+from alignment.visualization.plot_gpt_elo_figure import intervals_of, load_details, load_ratings
+from alignment.visualization.style import COLUMN_WIDTH, model_colours, new_figure, paper_style, save_figure, short_name
+from alignment.visualization.training_runs import Run, load_runs
+
+Interval = tuple[float, float, float]  # value, low, high; low and high NaN where no interval is known
+SCORE_AXES = ("harmlessness, −E[C]", "helpfulness, E[R]")
+RATING_AXES = ("harmlessness rating", "helpfulness rating")
+LABEL_PLACES = ((6, 5), (6, -5), (-6, 5), (-6, -5), (0, 10), (0, -10), (12, 14), (-12, 14), (12, -14), (-12, -14))  # points
+
+
+@dataclass
+class Config:
+    data_dir: str = setting(DEFAULT_FOLDER, "folder with the files of the classified models")
+    models: list[str] = setting([], "models (default: all in the folder, or in the ratings; none if only runs are named)")
+    runs: list[str] = setting([], "run folders, whose held-out evaluations are drawn as a path")
+    ratings: str | None = setting(None, "a ratings file of gpt_elo_eval.py, instead of scores")
+    output: str = setting("alignment/outputs/pareto.png", "figure, .png or .pdf")
+
+    def __post_init__(self) -> None:
+        if self.ratings and self.runs:
+            raise UserError("--ratings and --runs have different units: draw two figures")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A mark in the plane. `label` is drawn beside it; `path` is the run that it is a checkpoint of."""
+
+    name: str
+    x: Interval
+    y: Interval
+    label: str | None
+    path: str | None = None
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = load_config(Config, argv, prog="plot_pareto.py", description=__doc__.split("\n\n")[0])
+    if config.ratings:
+        candidates, axes = from_ratings(Path(config.ratings), config.models), RATING_AXES
+    else:
+        models = load_models(config.data_dir, config.models) if config.models or not config.runs else []
+        candidates = from_models(models) + from_runs(load_runs(config.runs))
+        axes = SCORE_AXES
+    if not candidates:
+        raise UserError("nothing to draw: no model has a scored answer and no run a held-out evaluation")
+    save_figure(draw_pareto(candidates, axes), config.output)
+    print(config.output)
+
+
+def from_models(models: Sequence[ModelScores]) -> list[Candidate]:
+    """A model without any scored answer is passed over and named on stderr."""
+    found = []
+    for model in models:
+        scored = np.isfinite(model.rewards) & np.isfinite(model.costs)
+        values = np.where(scored, [-model.costs, model.rewards], np.nan).T  # (N, 2)
+        harmless, helpful = estimate_means(values, model.groups)
+        if harmless is None or helpful is None:
+            print(f"not drawn, {model.name} has no scored answer", file=sys.stderr)
+            continue
+        x, y = ((one.value, one.low, one.high) for one in (harmless, helpful))
+        found.append(Candidate(model.name, x, y, model.name))
+    return found
+
+
+def from_runs(runs: Sequence[Run]) -> list[Candidate]:
+    found = []
+    for run in runs:
+        rows = [row for row in run.eval if _is_number(row.get("cost_mean")) and _is_number(row.get("reward_mean"))]
+        for row in rows:
+            cost, reward = ([row.get(f"{key}{end}", np.nan) for end in ("", "_low", "_high")] for key in ("cost_mean", "reward_mean"))
+            label = f"{run.name}, {row['iteration']}" if row is rows[-1] else None
+            name = f"{run.name}, {row['iteration']}"
+            found.append(Candidate(name, (-cost[0], -cost[2], -cost[1]), tuple(reward), label, run.name))
+        if not rows:
+            print(f"not drawn, {run.name} has no held-out evaluation", file=sys.stderr)
+    return found
+
+
+def from_ratings(path: Path, names: Sequence[str] = ()) -> list[Candidate]:
+    """Raises UserError when the file is no ratings file or lacks one of `names`."""
+    ratings = load_ratings(path)
+    harmless, helpful = ratings["harmlessness"], ratings["helpfulness"]
+    details = load_details(path, ratings)
+    intervals = intervals_of(details) if details else {}
+    common = [name for name in harmless if name in helpful]
+    if missing := [name for name in names if name not in common]:
+        raise UserError(f"{path} has no ratings of {', '.join(missing)}; it has {', '.join(common)}")
+    unknown = (np.nan, np.nan)
+    return [
+        Candidate(
+            name,
+            (harmless[name], *(intervals.get("harmlessness", {}).get(name) or unknown)),
+            (helpful[name], *(intervals.get("helpfulness", {}).get(name) or unknown)),
+            label=name,
+        )
+        for name in names or common
+    ]
+
+
+def pareto_front(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(N,) bool: no other point is at least as large in both x (N,) and y (N,), and larger in one."""
+    as_good = (x[None, :] >= x[:, None]) & (y[None, :] >= y[:, None])  # (N, N) column against row
+    better = (x[None, :] > x[:, None]) | (y[None, :] > y[:, None])
+    return ~(as_good & better).any(axis=1)
+
+
+def draw_pareto(candidates: Sequence[Candidate], axes: tuple[str, str] = SCORE_AXES) -> Figure:
+    """All candidates with their intervals, the runs' paths, and the front as a staircase to the borders."""
+    x, y = (np.array([getattr(one, side)[0] for one in candidates]) for side in ("x", "y"))
+    front = pareto_front(x, y)
+    colours = model_colours([one.path or one.name for one in candidates])
+    with paper_style():
+        figure = new_figure(COLUMN_WIDTH, 3.0)
+        panel = figure.subplots()
+        for path in dict.fromkeys(one.path for one in candidates if one.path):
+            own = [index for index, one in enumerate(candidates) if one.path == path]
+            panel.plot(x[own], y[own], color=colours[path], linewidth=0.8, alpha=0.6, zorder=2)
+        for one, on_front in zip(candidates, front, strict=True):
+            _draw_candidate(panel, one, colours[one.path or one.name], bool(on_front))
+        panel.margins(0.16)
+        panel.autoscale_view()
+        _draw_front(panel, x[front], y[front])
+        if axes == SCORE_AXES:
+            _shade_infeasible(panel)
+        panel.set_xlabel(axes[0])
+        panel.set_ylabel(axes[1])
+        keys = [
+            Line2D([], [], color="#555555", marker="o", markersize=4, linestyle="--", linewidth=0.8, label="Pareto front"),
+            Line2D([], [], color="#555555", marker="o", markersize=4, markerfacecolor="white", linestyle="", label="behind it"),
+        ]
+        figure.legend(handles=keys, loc="outside upper right", ncols=2, handlelength=2.2)
+        figure.draw_without_rendering()  # labels are placed by where things are
+        _place_labels(panel, [one for one in candidates if one.label])
+    return figure
+
+
+def _draw_candidate(panel: Axes, one: Candidate, colour: str, on_front: bool) -> None:
+    (x, x_low, x_high), (y, y_low, y_high) = one.x, one.y
+    width = 0.6 if one.path else 0.9
+    if not np.isnan([x_low, x_high]).any():
+        panel.hlines(y, x_low, x_high, color=colour, linewidth=width, zorder=3)
+    if not np.isnan([y_low, y_high]).any():
+        panel.vlines(x, y_low, y_high, color=colour, linewidth=width, zorder=3)
+    size = 3.0 if one.path and not one.label else 5.0
+    panel.plot(
+        x, y, "o", color=colour, markersize=size, markerfacecolor=colour if on_front else "white", zorder=4, label=one.name
+    )
+
+
+def _draw_front(panel: Axes, x: np.ndarray, y: np.ndarray) -> None:
+    order = np.argsort(x, kind="stable")
+    x, y = x[order], y[order]
+    (left, right), (low, high) = panel.get_xlim(), panel.get_ylim()
+    stairs_x, stairs_y = np.concatenate([[left], x, [x[-1]]]), np.concatenate([[y[0]], y, [low]])
+    panel.plot(
+        stairs_x, stairs_y, drawstyle="steps-pre", color="#555555", linestyle="--", linewidth=0.7, zorder=1, label="front"
+    )
+    panel.set_xlim(left, right)
+    panel.set_ylim(low, high)
+
+
+def _shade_infeasible(panel: Axes) -> None:
+    left, right = panel.get_xlim()
+    if left < 0:
+        panel.axvspan(left, min(0.0, right), color="#fbe3d0", alpha=0.6, zorder=0, linewidth=0)
+        panel.text(0.02, 0.02, "E[C] > 0", transform=panel.transAxes, fontsize=6.5, color="#8a4b1c")
+        panel.set_xlim(left, right)
+
+
+def _place_labels(panel: Axes, labelled: Sequence[Candidate]) -> None:
+    """Each label goes to that of a few places beside its mark where it covers the least of marks, intervals and labels."""
+    renderer = FigureCanvasAgg(panel.figure).get_renderer()
+    frame = panel.get_window_extent(renderer)
+    taken = []
+    for line in panel.lines:
+        if line.get_marker() == "o":
+            taken.append(line.get_window_extent(renderer).padded(2))
+    taken += [one.get_window_extent(renderer).padded(1) for one in panel.collections if one.get_label().startswith("_child")]
+    for one in labelled:
+        best = None
+        for place in LABEL_PLACES:
+            text = panel.annotate(
+                short_name(one.label, 24),
+                (one.x[0], one.y[0]),
+                xytext=place,
+                textcoords="offset points",
+                fontsize=6.5,
+                ha="center" if place[0] == 0 else "left" if place[0] > 0 else "right",
+                va="bottom" if place[1] > 0 else "top",
+                zorder=5,
+            )
+            extent = text.get_window_extent(renderer)
+            outside = extent.width * extent.height - _overlap(extent, frame)
+            covered = sum(_overlap(extent, other) for other in taken) + 10 * outside
+            if best is None or covered < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = (covered, text, extent)
+            else:
+                text.remove()
+        taken.append(best[2])
+
+
+def _overlap(one, other) -> float:
+    """Common area of two boxes in pixels."""
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return max(width, 0.0) * max(height, 0.0)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and bool(np.isfinite(value))
+
+
+if __name__ == "__main__":
+    run_main(main)
