@@ -36,18 +36,18 @@ def test_a_turn_is_cut_where_the_model_invents_the_users_next(engine):
     text = "Mix flour. USER: thanks ASSISTANT: bye"  # the tokenizer puts a space in front
     tokens = engine.tokenizer.encode(text, add_special_tokens=False)
     prompt = engine.template.encode_prompt(engine.tokenizer, "Hi")
-    answer = engine._read(prompt, tokens)
+    answer = engine.read(prompt, tokens)
     assert (answer.response, answer.raw, answer.finished, answer.cut) == (" Mix flour.", answer.raw, True, True)
     assert answer.raw.endswith("bye")
     assert answer.raw.startswith(" ")
-    kept = engine._read(prompt, engine.tokenizer.encode("Mix flour.USER: x", add_special_tokens=False))
+    kept = engine.read(prompt, engine.tokenizer.encode("Mix flour.USER: x", add_special_tokens=False))
     assert (kept.cut, kept.finished) == (False, False)
 
 
 def test_published_behaviour_keeps_the_invented_turns(tiny_policy):
     engine = TransformersEngine(tiny_policy, first_turn_only=False)
     prompt = engine.template.encode_prompt(engine.tokenizer, "Hi")
-    answer = engine._read(prompt, [*engine.tokenizer.encode("A. USER: b", add_special_tokens=False), 2])
+    answer = engine.read(prompt, [*engine.tokenizer.encode("A. USER: b", add_special_tokens=False), 2])
     assert answer.response == answer.raw
     assert answer.finished
     assert not answer.cut

@@ -295,33 +295,33 @@ def test_an_endpoint_without_structured_output_or_newer_names_is_adapted_to(run,
 
 
 def test_concurrency_adapts_to_what_the_endpoint_takes(run, tmp_path):
-    make_points(tmp_path, ["poor", "best"], prompts=60)
+    make_points(tmp_path, ["poor", "best"], prompts=30)
     with FakeOpenAI(delay=0.02, most=4) as server:
         done = run(tmp_path, server, ["poor", "best"], "--concurrency", "32")
     assert done.returncode == 0, done.stderr
-    assert len(decided(tmp_path)) == 240
-    assert server.peak > 4 and server.done["rate_limit"] < 120  # it slows down instead of knocking on
+    assert len(decided(tmp_path)) == 120
+    assert server.peak > 4 and server.done["rate_limit"] < 80  # it slows down instead of knocking on
 
 
 def test_dry_run_needs_no_key_asks_nothing_and_budget_stops_in_time(run, tmp_path):
     models = ["poor", "good", "best"]
-    make_points(tmp_path, models, prompts=20)
+    make_points(tmp_path, models, prompts=10)
     price = ["--price_in", "1", "--price_out", "10"]  # a reply of 1000 + 100 tokens costs 0.002
     with FakeOpenAI() as server:
         dry = run(tmp_path, server, models, *price, "--dry-run", key=None)
-        assert dry.returncode == 0 and "240 judgments: 0 in" in dry.stdout and "240 calls to make" in dry.stdout
+        assert dry.returncode == 0 and "120 judgments: 0 in" in dry.stdout and "120 calls to make" in dry.stdout
         assert "$" in dry.stdout and not server.attempts and not (tmp_path / "judgments.jsonl").exists()
-        part = run(tmp_path, server, models, *price, "--budget", "0.2")
+        part = run(tmp_path, server, models, *price, "--budget", "0.1")
         spent = 0.002 * sum(server.attempts.values())
-        assert part.returncode == 3 and "--budget 0.2 is spent" in part.stderr
-        assert 0.18 < spent <= 0.2
+        assert part.returncode == 3 and "--budget 0.1 is spent" in part.stderr
+        assert 0.085 < spent <= 0.1
         assert (tmp_path / "ratings.json").exists()
-        more = run(tmp_path, server, models, *price, "--budget", "0.2")  # former runs count
-        assert more.returncode == 3 and 0.002 * sum(server.attempts.values()) <= 0.2
+        more = run(tmp_path, server, models, *price, "--budget", "0.1")  # former runs count
+        assert more.returncode == 3 and 0.002 * sum(server.attempts.values()) <= 0.1
         rest = run(tmp_path, server, models, *price)
-    assert rest.returncode == 0 and sum(server.attempts.values()) == 240
+    assert rest.returncode == 0 and sum(server.attempts.values()) == 120
     assert json.loads((tmp_path / "ratings_details.json").read_text())["source"]["usage"]["dollars"] == pytest.approx(
-        0.48
+        0.24
     )
 
 

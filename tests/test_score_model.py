@@ -183,7 +183,7 @@ def random_texts(count: int, vocabulary: int, seed: int = 0) -> list[tuple[int, 
     [
         (torch.float32, 32, 64, 1),
         (torch.float32, 44, 101, 1),  # sizes that fill no vector of any CPU
-        (torch.float32, 44, 101, 2),
+        pytest.param(torch.float32, 44, 101, 2, marks=pytest.mark.slow),
         (torch.bfloat16, 44, 101, 1),
         (torch.float16, 32, 64, 1),
     ],
@@ -409,7 +409,7 @@ def test_a_pickle_that_would_run_code_is_refused(copy_of, capsys):
     torch.save({"score_head.weight": Malicious()}, copy_of / "pytorch_model.bin")
     with pytest.raises(UserError, match="could run code"):
         load_score_model(copy_of)
-    (copy_of / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious()))
+    (copy_of / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(), protocol=2))
     with pytest.raises(UserError, match="could run code"):
         load_score_model(copy_of)
     assert capsys.readouterr().out == ""

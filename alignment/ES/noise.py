@@ -33,7 +33,7 @@ _CHUNK = 16  # blocks drawn at once: the generator's words then stay in a core's
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 7
+ROUNDS = 7
 _MASK = 0xFFFFFFFF
 
 # Row k: the cubic in t of the quantile at tail probability v / 2^17, v = 2^k (1 + t), divided by the table's deviation.
@@ -96,7 +96,7 @@ def philox(
 def philox_words(a, b, c, d, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Philox4x32-7 of any four counter words, int64 tensors below 2^32."""
     first, second = key
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         # int64 products wrap around at 2^64; their bits are those of the unsigned products.
         low, high = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
         a, b = ((high >> 32) & _MASK) ^ b ^ first, high & _MASK

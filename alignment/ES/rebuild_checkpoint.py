@@ -49,7 +49,9 @@ def main() -> None:
     from alignment.generation import TransformersEngine
 
     engine = TransformersEngine(settings.policy_model_path, dtype="float32")
-    weights = open_weights(engine, start["settings"])
+    weights = open_weights(
+        engine, start["settings"] | {"policy_model_path": settings.policy_model_path, "master_device": "cpu"}
+    )
     if weights.hash() != start["base_weights"]:
         raise UserError(
             f"{settings.policy_model_path} does not hold the base weights that {settings.journal} was begun from "

@@ -21,7 +21,7 @@ _FREE |= {
     "save_every",
     "keep_last",
 }
-_FREE |= {"num_engines", "cuda_devices", "wandb_project", "wandb_run_name", "verbose"}
+_FREE |= {"num_engines", "cuda_devices", "master_device", "wandb_project", "wandb_run_name", "verbose"}
 
 
 @dataclass
@@ -93,6 +93,9 @@ class ESSettings:
     )
     cuda_devices: str | None = setting(None, "GPUs to use as CUDA_VISIBLE_DEVICES, unless the scheduler has set it")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "dtype the policy generates in")
+    master_device: Literal["auto", "cpu"] = setting(
+        "auto", "where the float32 master lies: with the policy, or on the CPU"
+    )
     wandb_project: str | None = setting(None, "Weights & Biases project; empty: not used")
     wandb_run_name: str | None = setting(None, "Weights & Biases name of the run")
     verbose: bool = setting(False, "print every member and sample responses at each evaluation")

@@ -39,7 +39,7 @@ from alignment.ES.prompts import iteration_prompts
 from alignment.ES.settings import ESSettings
 from alignment.ES.weights import open_weights
 from alignment.evaluation.held_out import measures_row, score_answers, summary_line, with_ids
-from alignment.generation import Generation, TransformersEngine
+from alignment.generation import Engine, Generation
 from alignment.lagrangian import LagrangeMultiplier
 from alignment.objective import MAX_MISSING_SHARE
 from alignment.progress import progress_bar, watched
@@ -60,7 +60,7 @@ class ESTrainer:
     def __init__(
         self,
         settings: ESSettings,
-        engine: TransformersEngine,
+        engine: Engine,
         scorer: ScorerClient,
         train: list[dict],
         held_out: list[dict],

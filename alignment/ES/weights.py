@@ -8,25 +8,37 @@ one by one (no fused multiply-add), so that every device gets the same bits.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from alignment.errors import UserError
 from alignment.ES.noise import noise
-from alignment.generation import TransformersEngine
+from alignment.generation import Engine
+from alignment.scoring.checkpoint import resolve_folder
+
+try:
+    from alignment.ES import kernels
+except ImportError:  # no Triton on this machine: the PyTorch path does it
+    kernels = None
 
 KEPT_NOISE_BYTES = 2**28  # a small model's noise is drawn once a member, not again for the step
 
 
 class MasterWeights:
-    """`engine_weights`: Hugging Face parameter name -> the tensor the engine computes with, of any dtype and device."""
+    """`engine_weights`: Hugging Face parameter name -> the tensor the engine computes with, of any dtype and device.
 
-    def __init__(self, engine_weights: dict[str, torch.Tensor]):
+    `base`: the same names -> float32 tensors that become the master; without it the master is a copy of the engine's.
+    """
+
+    def __init__(self, engine_weights: dict[str, torch.Tensor], base: dict[str, torch.Tensor] | None = None):
         self._engine = engine_weights
-        self.master = {name: tensor.detach().float().cpu().clone() for name, tensor in engine_weights.items()}
+        if base is None:
+            base = {name: tensor.detach().float().cpu().clone() for name, tensor in engine_weights.items()}
+        self.master = base
         self._drawn: dict[tuple[int, str], torch.Tensor] = {}  # noise of this iteration's members, for their step
         self._room = KEPT_NOISE_BYTES
 
@@ -98,6 +110,35 @@ class MasterWeights:
         return total
 
 
+class KernelWeights(MasterWeights):
+    """On a GPU with Triton: each parameter in one pass over memory (kernels.py), the same bits as MasterWeights.
+
+    The master lies on `device`: the engine's, or the CPU where the GPU's memory is short; it is then sent over a parameter
+    at a time.
+    """
+
+    def __init__(self, engine_weights: dict[str, torch.Tensor], base: dict[str, torch.Tensor], device: torch.device):
+        super().__init__(engine_weights, {name: tensor.to(device) for name, tensor in base.items()})
+        self._device = next(iter(engine_weights.values())).device
+
+    def perturb(self, seed: int, scale: float) -> None:
+        keys = kernels.keys([(seed, name) for name in self.master], self._device)
+        for number, (name, master) in enumerate(self.master.items()):
+            kernels.perturb(self._engine[name], master.to(self._device), keys[number : number + 1], scale)
+
+    def step(self, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
+        pairs = [(seed, factor) for seed, factor in zip(seeds, coefficients, strict=True) if factor != 0.0]
+        if not pairs:
+            return
+        factors = torch.tensor([factor for _, factor in pairs], dtype=torch.float32).to(self._device)
+        keys = kernels.keys([(seed, name) for name in self.master for seed, _ in pairs], self._device)
+        for number, master in enumerate(self.master.values()):
+            here = master.to(self._device)  # the master itself when it lies there
+            kernels.step(here, keys[number * len(pairs) : (number + 1) * len(pairs)], factors)
+            if here is not master:
+                master.copy_(here)
+
+
 class ReferenceWeights(MasterWeights):
     """The published worker, for comparisons (`noise: reference`): the noise of one seed, restarted for every parameter, is
     added in place in the weights' own dtype and taken away again, and each seed's share of the step is rounded on its own.
@@ -133,9 +174,33 @@ class ReferenceWeights(MasterWeights):
             tensor.add_(scale * drawn)
 
 
-def open_weights(engine: TransformersEngine, settings: dict) -> MasterWeights:
-    """The weights that a run with these `settings` (ESSettings by name) searches in, LoRA adapters put in where it asks."""
+def open_weights(engine: Engine, settings: dict) -> MasterWeights:
+    """The weights that a run with these `settings` (ESSettings by name) searches in, LoRA adapters put in where it asks.
+
+    The master is what the checkpoint holds, not what the engine rounded it to.
+    """
     if settings["lora_rank"] is not None:
         engine.add_lora(settings["lora_rank"], settings["global_seed"])
-    kind = ReferenceWeights if settings["noise"] == "reference" else MasterWeights
-    return kind(engine.weights(settings["trainable"]))
+    parameters = engine.weights(settings["trainable"])
+    if settings["noise"] == "reference":
+        return ReferenceWeights(parameters)
+    base = None if settings["lora_rank"] is not None else checkpoint_weights(settings["policy_model_path"], parameters)
+    if engine.device.type == "cuda" and kernels is not None:
+        base = base or {name: tensor.detach().float() for name, tensor in parameters.items()}
+        place = engine.device if settings["master_device"] == "auto" else torch.device(settings["master_device"])
+        return KernelWeights(parameters, base, place)
+    return MasterWeights(parameters, base)
+
+
+def checkpoint_weights(model_path: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The parameters `names` of a checkpoint in float32 on the CPU, tied ones under the name that is asked for."""
+    found = {}
+    wanted = set(names)
+    for path in sorted(resolve_folder(model_path).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in wanted.intersection(file.keys()):
+                found[name] = file.get_tensor(name).float()
+    if found.keys() != wanted:  # another layout: let transformers read it
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        found = {name: parameter.data for name, parameter in model.named_parameters() if name in wanted}
+    return {name: found[name] for name in names}

@@ -41,7 +41,12 @@ class Run(TrainerCallback):
     """Owns the run folder. All methods are called on all processes; the first one alone writes."""
 
     def __init__(
-        self, settings: GRPOSettings, trainer: ConstrainedGRPOTrainer, held_out: list[str], folder: Path, stop: StopSignal
+        self,
+        settings: GRPOSettings,
+        trainer: ConstrainedGRPOTrainer,
+        held_out: list[str],
+        folder: Path,
+        stop: StopSignal,
     ):
         self.settings, self.trainer, self.held_out, self.folder, self.stop = settings, trainer, held_out, folder, stop
         self.main = trainer.accelerator.is_main_process
@@ -96,10 +101,6 @@ class Run(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **_):
         self.began = time.perf_counter()
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        if self.trainer.nothing_to_learn:  # AdamW passes over weights without a gradient; with a zero one it would move them
-            model.zero_grad(set_to_none=True)
 
     def on_log(self, args, state, control, logs=None, **_):
         if "loss" not in logs:  # the summary at the end of training
@@ -226,11 +227,12 @@ def check_same_run(manifest: dict, deciding: dict, folder: Path) -> None:
     """Raises UserError when a run that exists was begun with other settings, weights, prompts, scorer or processes."""
     known = manifest.get("deciding", {})
     changed = [
-        f"{name} (was {known.get(name)!r}, now {value!r})" for name, value in deciding.items() if known.get(name) != value
+        f"{name} (was {known.get(name)!r}, now {value!r})"
+        for name, value in deciding.items()
+        if known.get(name) != value
     ]
     if changed:
         raise UserError(
             f"{folder} was begun otherwise: {', '.join(changed)}. Going on would not be that run: undo the change, or give "
             "another --output_dir"
         )
-

@@ -65,7 +65,9 @@ class GRPOSettings:
         "combined", "normalise R - lambda C per group, or R and C each: (A_R - lambda A_C) / (1 + lambda)"
     )
 
-    max_prompt_length: int = setting(512, "longest prompt in tokens, template included; longer ones are left out", minimum=1)
+    max_prompt_length: int = setting(
+        512, "longest prompt in tokens, template included; longer ones are left out", minimum=1
+    )
     max_completion_length: int = setting(512, "longest response in tokens", minimum=1)
     temperature: float = setting(0.7, "of sampling in training; evaluation is greedy", minimum=0.01)
     top_p: float = setting(1.0, "of sampling in training", minimum=0.0, maximum=1.0)
@@ -113,7 +115,9 @@ class GRPOSettings:
     use_vllm: bool = setting(False, "sample completions with vLLM")
     vllm_mode: Literal["colocate", "server"] = setting("colocate", "vLLM on the training GPUs, or a server of its own")
     vllm_server_base_url: str | None = setting(None, "address of `trl vllm-serve` for vllm_mode server")
-    vllm_gpu_memory_utilization: float = setting(0.3, "share of a GPU that colocated vLLM takes", minimum=0.0, maximum=1.0)
+    vllm_gpu_memory_utilization: float = setting(
+        0.3, "share of a GPU that colocated vLLM takes", minimum=0.0, maximum=1.0
+    )
     vllm_tensor_parallel_size: int = setting(1, "GPUs that share one colocated vLLM", minimum=1)
 
     wandb_project: str | None = setting(None, "Weights & Biases project; empty: not used")
@@ -141,9 +145,13 @@ class GRPOSettings:
         """
         total = self.prompts_per_step * self.num_generations
         batch = self.per_device_train_batch_size
-        shape = f"{self.prompts_per_step} prompts x {self.num_generations} completions a step on {processes} process(es)"
+        shape = (
+            f"{self.prompts_per_step} prompts x {self.num_generations} completions a step on {processes} process(es)"
+        )
         if total % processes:
-            raise UserError(f"{shape}: {total} is not a multiple of {processes}; change prompts_per_step or the processes")
+            raise UserError(
+                f"{shape}: {total} is not a multiple of {processes}; change prompts_per_step or the processes"
+            )
         share = total // processes
         if share % batch:
             fitting = [size for size in range(1, share + 1) if share % size == 0]

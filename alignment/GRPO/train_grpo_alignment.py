@@ -16,11 +16,12 @@ import hashlib
 import os
 import shlex
 import sys
+import warnings
 from pathlib import Path
 
 from alignment.config import as_yaml
 from alignment.errors import UserError, run_main
-from alignment.GRPO.settings import GRPOSettings, load_settings
+from alignment.GRPO.settings import load_settings
 from alignment.records import load_prompts, read_json, write_json
 
 EXIT_STOPPED = 128  # plus the signal's number, as shells do
@@ -37,6 +38,9 @@ def main() -> int:
         raise UserError(f"{folder} holds a run already: give another --output_dir, or leave out --resume false")
 
     # torch and the models only now, so that a mistake in the settings is told at once.
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="transformers"
+    )  # renamed in some supported versions
     from alignment.generation import TransformersEngine
     from alignment.GRPO.data import draw_rows, prompts_that_fit, run_order
     from alignment.GRPO.reward import ConstrainedReward
@@ -98,7 +102,9 @@ def main() -> int:
             if not begun:
                 write_run_files(folder, as_yaml(settings), {"deciding": deciding})
             if len(prompts) < len(drawn):
-                print(f"{len(drawn) - len(prompts)} of {len(drawn)} training prompts are longer than max_prompt_length and left out")
+                print(
+                    f"{len(drawn) - len(prompts)} of {len(drawn)} training prompts are longer than max_prompt_length and left out"
+                )
             (folder / "stopped.json").unlink(missing_ok=True)
         finished = Run(settings, trainer, held_out, folder, stop).train()
         step = trainer.state.global_step
@@ -108,7 +114,7 @@ def main() -> int:
         trainer.accelerator.end_training()
     if finished:
         if main_process:
-            print(f"finished: the aligned policy is in {folder / 'final'}, the best by the held-out objective in {folder / 'best'}")
+            print(f"finished: the aligned policy is in {folder / 'final'}, the best held-out one in {folder / 'best'}")
         return 0
     if main_process:
         print(f"stopped after step {step}; go on with: {shlex.join([sys.executable, *sys.argv])}")

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from alignment.errors import UserError
@@ -32,7 +33,7 @@ from alignment.generation import TransformersEngine
 from alignment.GRPO.ranks import Stopped, folder_of_all, raise_on_all
 from alignment.GRPO.reward import ConstrainedReward
 from alignment.GRPO.turns import own_turn
-from alignment.records import finite_or_none, write_json
+from alignment.records import write_json
 
 # It would print prompt and completion of every text that the scorer could not score.
 logging.getLogger("trl.trainer.grpo_trainer").setLevel(logging.ERROR)
@@ -60,7 +61,6 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
         self._scores: tuple[list, list] = ([], [])
         self._saving_in: Path | None = None
         self.step_metrics: dict = {}
-        self.nothing_to_learn = False
 
         def reward(**_):
             return self._scores[0]
@@ -76,6 +76,7 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
             processing_class=engine.tokenizer,
             peft_config=peft_config,
         )
+        self.add_callback(_SkipEmptySteps(self))
         engine.model, engine.device = self.model, self.accelerator.device
         if static_cache and not self.use_vllm:
             # TRL forbids compiling; with a cache of one shape it is what makes generation fast.
@@ -102,7 +103,6 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
         output["tool_mask"] = mask * taught.unsqueeze(1)  # neither reward nor KL term of what teaches nothing
         trained = output["completion_mask"] * output["tool_mask"]
         output["num_items_in_batch"] = self.accelerator.gather(trained.sum()).sum()
-        self.nothing_to_learn = not self._verdict.taught.any()
         self._record(inputs, began)
         return output
 
@@ -173,7 +173,7 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
         self.step_metrics = {
             "kind": "train",
             "iteration": self.state.global_step,
-            **{name: finite_or_none(value) if isinstance(value, float) else value for name, value in self._verdict.metrics.items()},
+            **self._verdict.metrics,
             "unfinished_share": unfinished / count,
             "cut_share": cut / count,
             "truncated_share": truncated / count,
@@ -205,3 +205,18 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
 
     def create_model_card(self, *_, **__) -> None:
         """No README.md by TRL: config.yaml and manifest.json tell more."""
+
+
+class _SkipEmptySteps(TrainerCallback):
+    """A step in which no completion teaches anything leaves the weights as they are.
+
+    AdamW passes over weights without a gradient; with a gradient of 0 its momentum would move them. (DeepSpeed steps by
+    itself, before this is called: there the momentum acts.)
+    """
+
+    def __init__(self, trainer: ConstrainedGRPOTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        if not self.trainer._verdict.taught.any():
+            model.zero_grad(set_to_none=True)

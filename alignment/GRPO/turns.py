@@ -22,11 +22,11 @@ def own_turn(engine: TransformersEngine, prompt_ids: list[int], tokens: list[int
     The kept ids are the most whose text is no longer than the response. They are closed with EOS, so that TRL counts the
     completion as finished; the model did not sample that EOS, so it must not be trained on.
     """
-    answer = engine._read(prompt_ids, tokens)
+    answer = engine.read(prompt_ids, tokens)
     if not answer.cut:
         return Turn(answer, tokens, closed=False)
     # Not a bisection: in the middle of a character of several byte tokens the text's length goes up and down.
     kept = answer.num_tokens
-    while len(engine._read(prompt_ids, tokens[:kept]).raw) > len(answer.response):
+    while len(engine.read(prompt_ids, tokens[:kept]).raw) > len(answer.response):
         kept -= 1
     return Turn(answer, [*tokens[:kept], engine.tokenizer.eos_token_id], closed=True)

@@ -15,7 +15,7 @@ less safe (cost), for the cost also on the sign of each response's own score, an
 Departures, all because the models are tiny and start from nothing:
 - the language-modelling loss on the preferred response is added, which teaches the phrases with far fewer pairs (as a
   regulariser for reward models: Yang et al. 2024, https://arxiv.org/abs/2406.10216);
-- half of the pairs set broken text against a clean answer (see data.py);
+- six pairs in ten set broken text against a clean answer (see data.py);
 - a pairwise loss leaves the reward's zero open, and quadrants need one: the bias is set half-way between the training
   means of helpful answers and of refusals.
 

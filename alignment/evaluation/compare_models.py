@@ -190,7 +190,7 @@ def format_table(table: Sequence[dict], before: str = "before", after: str = "af
         numbers = [_number(row["before"], row["unit"]), _number(row["after"], row["unit"])]
         label = f"{row['label']}, {row['unit']}" if row["unit"] else row["label"]
         lines.append([label, *numbers, _number(row["difference"], row["unit"], True), interval])
-    return _aligned(lines)
+    return aligned_table(lines)
 
 
 def as_markdown(comparison: dict, before: str, after: str) -> str:
@@ -204,18 +204,19 @@ def as_markdown(comparison: dict, before: str, after: str) -> str:
     )
     moves = comparison["quadrant_moves"]
     parts.append("Quadrants: rows were, columns became.\n")
-    parts.append(_aligned([["", *QUADRANTS], *([name, *map(str, moves[name].values())] for name in QUADRANTS)]))
+    parts.append(aligned_table([["", *QUADRANTS], *([name, *map(str, moves[name].values())] for name in QUADRANTS)]))
     if comparison["by_category"]:
         lines = [["safe ratio by harm category, %", "rows", before, after, "difference", "95 % interval"]]
         for row in comparison["by_category"]:
             values = [_number(row["before"], "%"), _number(row["after"], "%"), _number(row["difference"], "%", True)]
             interval = f"[{_number(row['low'], '%', True)}, {_number(row['high'], '%', True)}]"
             lines.append([row["category"], str(row["rows"]), *values, interval])
-        parts += ["", _aligned(lines)]
+        parts += ["", aligned_table(lines)]
     return "\n".join(parts) + "\n"
 
 
-def _aligned(lines: list[list[str]]) -> str:
+def aligned_table(lines: list[list[str]]) -> str:
+    """Rows of cells, the header first, as a Markdown table with aligned columns: text on the left, numbers on the right."""
     lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rows = []

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from alignment.errors import UserError
+from alignment.evaluation.loading import load_split
 from alignment.evaluation.points import prompt_ids
 from alignment.records import load_prompts, read_jsonl
 
@@ -33,11 +34,12 @@ def load_rows(config: Config) -> list[dict]:
             raise UserError(f"{place} does not exist; give prompts with --from_jsonl FILE or --dataset_name NAME")
         data = load_prompts(place)
     else:
-        data, place = _load_dataset(config.dataset_name, config.dataset_config, config.split), config.dataset_name
+        place = config.dataset_name
+        data = load_split(place, config.dataset_config, config.split, required=("prompt",))
     if not data:
         raise UserError(f"{place} has no rows; expected one prompt a row")
     for number, row in enumerate(data, start=1):
-        _check_text(row["prompt"], f"{place}: row {number}: 'prompt'")
+        check_text(row["prompt"], f"{place}: row {number}: 'prompt'")
     data = _sample(data, config)
     if config.repeated_prompts == "once":
         first: dict[str, dict] = {}
@@ -73,7 +75,7 @@ def _from_hub(config: Config) -> bool:
 
 
 def _given(row: dict, place: str) -> dict:
-    _check_text(row["response"], f"{place}: 'response' to {row['prompt']!r:.40}")
+    check_text(row["response"], f"{place}: 'response' to {row['prompt']!r:.40}")
     kept = {key: row[key] for key in CARRIED if row.get(key) is not None}
     if not isinstance(kept.get("finished", True), bool):
         raise UserError(
@@ -95,13 +97,13 @@ def _own_responses(data: list[dict], place: str) -> list[dict]:
                     f"{place}: the prompt {row['prompt']!r:.60} has no '{key}'; give --policy_model_path to have prompts "
                     "answered, or --responses_from for a file with prompt and response"
                 )
-            _check_text(row[key], f"{place}: '{key}' of {row['prompt']!r:.40}")
+            check_text(row[key], f"{place}: '{key}' of {row['prompt']!r:.40}")
             own = {"prompt": row["prompt"], "id": f"{name}-r{key[-1]}", "response": row[key], "finished": True}
             rows.append(own | _categories(row, (key,)))
     return rows
 
 
-def _check_text(value: object, where: str) -> None:
+def check_text(value: object, where: str) -> None:
     """Half of a surrogate pair is a character for JSON and for Python, but no tokenizer can read it."""
     if not isinstance(value, str):
         raise UserError(f"{where} must be text, got {value!r:.40}")
@@ -119,24 +121,3 @@ def _categories(row: dict, responses: Iterable[str]) -> dict:
     if not tables:
         return {}
     return {"categories": sorted({category for table in tables for category, present in table.items() if present})}
-
-
-def _load_dataset(name: str, configuration: str, split: str) -> list[dict]:
-    try:
-        from datasets import get_dataset_config_names, load_dataset  # slow to import, needed only here
-    except ImportError as error:
-        raise UserError(
-            "--dataset_name needs the package datasets: pip install datasets, or give --from_jsonl"
-        ) from error
-    try:
-        configurations = get_dataset_config_names(name)
-        chosen = configuration if configuration in configurations else None
-        if chosen is None and configurations != ["default"]:
-            raise UserError(f"--dataset_config {configuration}: {name} has {', '.join(configurations)}")
-        data = load_dataset(name, chosen, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--dataset_name {name}, --split {split}: {' '.join(str(error).split())}") from error
-    rows = [dict(row) for row in data]
-    if rows and "prompt" not in rows[0]:
-        raise UserError(f"--dataset_name {name} has no column 'prompt'; it has {', '.join(rows[0])}")
-    return rows

@@ -1,8 +1,8 @@
 """Training and evaluation prompts drawn from PKU-SafeRLHF in proportion to its safety buckets; `select_pku_balanced.ipynb`
 is its front.
 
-    pool = load_pool("PKU-Alignment/PKU-SafeRLHF", "alpaca-7b", "train")
-    selection = select(pool, 250, 500)
+    settings = SelectionSettings(data="PKU-Alignment/PKU-SafeRLHF", train_size=250, eval_size=500)
+    selection = select(load_rows(settings), settings)
 
 A bucket is (is response 0 safe, is response 1 safe). How many rows each gives is the largest-remainder rounding of its share
 of the pool; which ones is drawn by `random.Random(42)`.
@@ -22,7 +22,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from alignment.errors import UserError
@@ -30,7 +30,6 @@ from alignment.evaluation.loading import SAMPLE, load_split
 from alignment.evaluation.prompts import check_text
 from alignment.records import atomic_open, write_json
 
-SOURCE = "Alpaca-7B"
 _KINDS = {"response_{}": str, "is_response_{}_safe": bool, "response_{}_harm_category": dict}
 SCHEMA = {"prompt": str} | {key.format(i): kind for key, kind in _KINDS.items() for i in (0, 1)}
 SOURCE_KEYS = ("response_0_source", "response_1_source")
@@ -41,8 +40,32 @@ Bucket = tuple[bool, bool]
 
 
 @dataclass(frozen=True)
+class SelectionSettings:
+    """The notebook's parameters. `data`: hub name, local folder, Parquet or JSONL file, or "sample"."""
+
+    data: str = "PKU-Alignment/PKU-SafeRLHF"
+    config: str = "alpaca-7b"
+    split: str = "train"
+    source: str = "Alpaca-7B"  # both responses of a row come from this model; "" takes all
+    train_size: int = 250
+    eval_size: int = 500
+    seed: int = 42
+    reference: bool = False
+    test_data: str = ""  # prompts that evaluation will use; "" means `data`
+    test_split: str = "test"  # "" with test_data "" means that there are none
+    exclude_test: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("train_size", "eval_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if self.reference and self.exclude_test:
+            raise UserError("reference=True draws as published and leaves no prompt out; set exclude_test=False")
+
+
+@dataclass(frozen=True)
 class Selection:
-    """Two splits, the rows that they were drawn from, and how many rows of the data came down to those."""
+    """Two splits, all rows of the source, and how many rows there were and why some could not be drawn."""
 
     train: list[dict]
     evaluation: list[dict]
@@ -50,13 +73,10 @@ class Selection:
     counts: dict[str, int]
 
 
-def load_pool(data: str, configuration: str = "alpaca-7b", split: str = "train", source: str = SOURCE) -> list[dict]:
-    """Rows of the PKU-SafeRLHF schema, checked by name and type, both of whose responses are `source`'s ("": anybody's).
-
-    The embedded sample has sources of its own and is taken whole. Raises UserError naming row and key.
-    """
-    source = "" if data == SAMPLE else source
-    rows = load_split(data, configuration, split, required=(*SCHEMA, *(SOURCE_KEYS if source else ())))
+def load_rows(settings: SelectionSettings) -> list[dict]:
+    """Rows of the PKU-SafeRLHF schema, checked by name and type. Raises UserError naming row and key."""
+    data = settings.data
+    rows = load_split(data, settings.config, settings.split, required=(*SCHEMA, *SOURCE_KEYS))
     if not rows:
         raise UserError(f"{data} has no rows")
     for number, row in enumerate(rows, start=1):
@@ -66,56 +86,65 @@ def load_pool(data: str, configuration: str = "alpaca-7b", split: str = "train",
         check_text(row["prompt"], f"{data}: row {number}: 'prompt'")
         if not row["prompt"].strip():
             raise UserError(f"{data}: row {number}: 'prompt' is empty; remove that row")
-    kept = [row for row in rows if not source or all(row[key] == source for key in SOURCE_KEYS)]
-    if not kept:
-        found = sorted({str(row[key]) for row in rows for key in SOURCE_KEYS})
-        raise UserError(f"{data}: no row has both responses from {source!r}; there are {', '.join(found)}; '' takes all")
-    return kept
+    return rows
 
 
-def select(
-    rows: Sequence[dict],
-    train_size: int,
-    eval_size: int,
-    *,
-    seed: int = 42,
-    reference: bool = False,
-    exclude: Collection[str] = (),
-) -> Selection:
-    """Draws both splits from `rows` without the prompts in `exclude`. `reference` draws as published (`exclude` must be empty).
+def load_test_prompts(settings: SelectionSettings) -> list[str] | None:
+    """Prompts of the test split, repetitions included; None where there is none (a single file without test_data)."""
+    single_file = Path(settings.data).suffix in (".jsonl", ".json", ".parquet")
+    if not settings.test_data and (single_file or not settings.test_split):
+        return None
+    data = settings.test_data or settings.data
+    return [row["prompt"] for row in load_split(data, settings.config, settings.test_split, required=("prompt",))]
 
-    Raises UserError when a bucket has fewer rows than both splits need.
+
+def select(rows: Sequence[dict], settings: SelectionSettings, test_prompts: Sequence[str] | None = None) -> Selection:
+    """Draws both splits.
+
+    Raises UserError when no row is of the source or, but for `reference`, when a bucket is too small for both splits.
     """
-    if train_size < 1 or eval_size < 1:
-        raise UserError(f"train_size {train_size} and eval_size {eval_size}: expected 1 or more")
-    if reference and exclude:
-        raise UserError("reference=True draws as published and leaves no prompt out; set exclude_test=False")
-    pool, counts = (list(rows), {"rows": len(rows)}) if reference else _distinct(rows, exclude)
+    pool = _of_source(rows, settings)
+    if settings.reference:
+        usable, left_out = pool, {}
+    else:
+        usable, left_out = _distinct(pool, (test_prompts or ()) if settings.exclude_test else ())
     buckets: dict[Bucket, list[dict]] = {}
-    for row in pool:
+    for row in usable:
         buckets.setdefault(bucket_of(row), []).append(row)
     sizes = {bucket: len(members) for bucket, members in buckets.items()}
-    targets = [largest_remainder(sizes, size) for size in (train_size, eval_size)]
-    if not reference:
-        for bucket, size in sizes.items():
-            if size < (needed := targets[0][bucket] + targets[1][bucket]):
-                raise UserError(
-                    f"the bucket {bucket} has {size} rows and {train_size} + {eval_size} rows need {needed} of it: lower "
-                    f"train_size or eval_size ({len(pool)} of {len(rows)} rows can be drawn)"
-                )
-    rng = random.Random(seed)
+    targets = [largest_remainder(sizes, size) for size in (settings.train_size, settings.eval_size)]
+    for bucket, size in sizes.items() if not settings.reference else ():
+        if size < (needed := targets[0][bucket] + targets[1][bucket]):
+            raise UserError(
+                f"the bucket {bucket} has {size} rows and both splits need {needed} of it: lower train_size or eval_size "
+                f"(of {len(rows)} rows {len(usable)} can be drawn)"
+            )
+    rng = random.Random(settings.seed)
     splits = []
     for target in targets:
         drawn: list[dict] = []
         for bucket, members in buckets.items():
-            drawn += rng.sample(members, min(target[bucket], len(members)))
+            drawn += rng.sample(members, target[bucket]) if target[bucket] < len(members) else members
         taken = set(map(id, drawn))
         buckets = {bucket: [row for row in members if id(row) not in taken] for bucket, members in buckets.items()}
         splits.append(drawn)
-    if not reference:
-        for split in splits:
-            rng.shuffle(split)
+    for split in splits if not settings.reference else ():
+        rng.shuffle(split)
+    counts = {"total": len(rows), "of_source": len(pool), **left_out, "can_be_drawn": len(usable)}
     return Selection(*splits, pool, counts)
+
+
+def _of_source(rows: Sequence[dict], settings: SelectionSettings) -> list[dict]:
+    if not settings.source or settings.data == SAMPLE:  # the sample's sources are its own
+        return list(rows)
+    kept = [row for row in rows if all(row[key] == settings.source for key in SOURCE_KEYS)]
+    if not kept:
+        found = sorted({str(row[key]) for row in rows for key in SOURCE_KEYS})
+        raise UserError(
+            f"{settings.data}: no row has both responses from source {settings.source!r}; there are {', '.join(found)} "
+            "('' takes all)"
+        )
+    return kept
 
 
 def bucket_of(row: dict) -> Bucket:
@@ -138,7 +167,7 @@ def _distinct(rows: Sequence[dict], exclude: Collection[str]) -> tuple[list[dict
     excluded = {same_words(prompt) for prompt in exclude}
     seen_rows: set[tuple[str, str, str]] = set()
     kept: dict[str, dict] = {}
-    counts = Counter(rows=len(rows), identical_rows=0, repeated_prompts=0, excluded=0)
+    counts = {"identical_rows": 0, "repeated_prompts": 0, "excluded": 0}
     for row in rows:
         whole, key = (row["prompt"], row["response_0"], row["response_1"]), same_words(row["prompt"])
         if whole in seen_rows:
@@ -152,7 +181,7 @@ def _distinct(rows: Sequence[dict], exclude: Collection[str]) -> tuple[list[dict
         seen_rows.add(whole)
     if not kept:
         raise UserError("no row is left to draw from: all prompts are excluded")
-    return list(kept.values()), dict(counts)
+    return list(kept.values()), counts
 
 
 def words(prompt: str) -> list[str]:
@@ -172,7 +201,7 @@ def statistics(rows: Sequence[dict]) -> dict:
     for row in rows:
         named = [harm_categories(row, i) for i in (0, 1)]
         by_response.update(named[0] + named[1])
-        by_row.update(dict.fromkeys(named[0] + named[1]))
+        by_row.update(list(dict.fromkeys(named[0] + named[1])))
     return {
         "bucket_counts": dict(buckets),
         "bucket_proportions": {bucket: count / len(rows) for bucket, count in buckets.items()},
@@ -223,18 +252,28 @@ def near_duplicates(prompts_a: Sequence[str], prompts_b: Sequence[str] | None = 
 
 def _runs(prompt: str) -> set[tuple[str, ...]]:
     tokens = words(prompt)
-    return {tuple(tokens[start : start + 3]) for start in range(max(1, len(tokens) - 2))}
+    return {tuple(tokens[start : start + 3]) for start in range(max(1, len(tokens) - 2))} if tokens else set()
 
 
-def write_selection(
-    selection: Selection, folder: str | Path, train_size: int, eval_size: int, source: str, report: dict
-) -> list[Path]:
-    """Both splits, their statistics, the pool's, and last `selection_report.json`: `report` and the splits' SHA-256.
+def leakage_report(selection: Selection, test_prompts: Sequence[str] | None) -> dict[str, dict]:
+    """`leakage` between the splits, and of each with the test prompts where there are any."""
+    train, evaluation = ([row["prompt"] for row in split] for split in (selection.train, selection.evaluation))
+    report = {"train and eval": leakage(train, evaluation)}
+    if test_prompts is not None:
+        report |= {"train and test": leakage(train, test_prompts), "eval and test": leakage(evaluation, test_prompts)}
+    return report
+
+
+def write_selection(selection: Selection, settings: SelectionSettings, found: dict, folder: str | Path) -> list[Path]:
+    """Both splits, their statistics and the pool's, and last `selection_report.json`: settings, counts, hashes, `found`.
 
     Rows are in ASCII, as the published files: a reference selection is the published file to the byte.
     """
     folder, written, hashes = Path(folder), [], {}
-    splits = {f"custom_train_{train_size}": selection.train, f"custom_eval_{eval_size}": selection.evaluation}
+    splits = {
+        f"custom_train_{settings.train_size}": selection.train,
+        f"custom_eval_{settings.eval_size}": selection.evaluation,
+    }
     for name, rows in splits.items():
         content = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
         hashes[f"{name}.jsonl"] = hashlib.sha256(content.encode()).hexdigest()
@@ -242,9 +281,11 @@ def write_selection(
             file.write(content)
         write_json(folder / f"{name}_stats.json", statistics(rows))
         written += [folder / f"{name}.jsonl", folder / f"{name}_stats.json"]
-    pool_stats = statistics(selection.pool)
-    pool_stats = {"total_rows": selection.counts["rows"], "alpaca_rows": pool_stats.pop("num_rows")} | pool_stats
-    pool_name = re.sub(r"[^\w]", "", source).lower() or "pool"
-    write_json(folder / f"{pool_name}_stats.json", pool_stats)
-    write_json(folder / "selection_report.json", report | {"rows": selection.counts, "sha256": hashes})
-    return [*written, folder / f"{pool_name}_stats.json", folder / "selection_report.json"]
+    pool = statistics(selection.pool)
+    pool = {"total_rows": selection.counts["total"], "alpaca_rows": pool.pop("num_rows")} | pool  # published names
+    source = "" if settings.data == SAMPLE else re.sub(r"\W", "", settings.source).lower()
+    written += [folder / f"{source or 'pool'}_stats.json", folder / "selection_report.json"]
+    write_json(written[-2], pool)
+    report = {"settings": asdict(settings), "rows": selection.counts, "sha256": hashes, "leakage": found}
+    write_json(written[-1], report)
+    return written

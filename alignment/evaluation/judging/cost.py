@@ -95,7 +95,7 @@ class Budget:
         return self.price.of(usage) if self.price else 0.0
 
     def reserve(self, usage: dict) -> float | None:
-        """Sets the worst case of a call aside; None when that could exceed the limit, for now or, without open calls, for good."""
+        """Sets the worst case of a call aside; None when that could exceed the limit: for good when no call is open."""
         amount = self.cost(usage)
         if self.limit is not None and self.spent + self.unanswered + self._reserved + amount > self.limit:
             return None

@@ -138,7 +138,9 @@ def bradley_terry(wins: np.ndarray) -> np.ndarray:
 
     start = np.zeros(len(wins))
     fit = minimize(loss, start, jac=gradient, hess=hessian, method="Newton-CG", options={"xtol": 1e-12, "maxiter": 500})
-    strengths = fit.x - fit.x.mean()
+    # one exact Newton step: the search stops within 1e-6 points, and which side of it depends on the order of the models
+    strengths = fit.x - np.linalg.solve(hessian(fit.x), gradient(fit.x))
+    strengths -= strengths.mean()
     slope = np.abs(gradient(strengths)).max()
     if not slope < 1e-6 * max(1.0, games.max()):
         raise RuntimeError(f"the Bradley-Terry fit did not converge ({fit.message}, gradient {slope:.2g})")
@@ -170,7 +172,7 @@ def rating_warnings(rated: Ratings) -> list[str]:
     for model, wins, games in zip(rated.models, won, played, strict=True):
         if games and wins in (0, games):
             verb = "lost" if wins == 0 else "won"
-            warnings.append(f"{model} {verb} all of {games:.0f} comparisons: only the prior keeps its rating finite")
+            warnings.append(f"{model} {verb} all of {games:.0f} comparisons: only the prior bounds its rating, the interval says nothing")
     if rated.prompts < 30:
         warnings.append(f"{rated.prompts} prompts are too few for a bootstrap interval to be trusted")
     return warnings

@@ -23,6 +23,7 @@ def position_bias(verdicts: Sequence[Verdict]) -> dict | None:
     """
     if not verdicts:
         return None
+    verdicts = sorted(verdicts, key=lambda one: one.prompt)  # so that the bootstrap does not depend on the order
     groups: dict[str, int] = {}
     rows = np.array([groups.setdefault(verdict.prompt, len(groups)) for verdict in verdicts], dtype=np.int64)
     values = [

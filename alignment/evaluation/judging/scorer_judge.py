@@ -46,7 +46,7 @@ def agreement(verdicts: Sequence[Verdict], answers: Answers) -> dict:
     groups: dict[str, int] = {}
     rows, same, judge_ties, scorer_ties, unknown = [], [], 0, 0, 0
     dimension = verdicts[0].dimension if verdicts else DIMENSIONS[0]
-    for (prompt, first, second), values in results.items():
+    for (prompt, first, second), values in sorted(results.items()):  # the bootstrap must not depend on the order
         own = [answers.get(model, {}).get(prompt) for model in (first, second)]
         scores = [_score(row, dimension) if row else math.nan for row in own]
         if any(map(math.isnan, scores)):

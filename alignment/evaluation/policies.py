@@ -1,0 +1,146 @@
+"""The policy whose answers are classified: a Hugging Face model as it is, or with other weights in it.
+
+    --policy_model_path MODEL                                   the model
+    --policy_model_path BASE --policy_vllm_ckpt weights.pth     a state dict with vLLM's fused names, as the published ES run saves
+    --policy_model_path BASE --journal RUN/journal.jsonl@120    the weights after 120 steps of an ES run, rebuilt from its journal
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from alignment.errors import UserError
+from alignment.ES.journal import read_journal
+from alignment.ES.weights import open_weights
+from alignment.generation import TransformersEngine
+
+if TYPE_CHECKING:
+    from alignment.evaluation.classify_reward_cost_unified import Config
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
+VOCABULARY_MULTIPLE = 64  # vLLM pads the vocabulary's rows to a multiple of it
+
+
+def open_policy(config: Config) -> tuple[TransformersEngine, str]:
+    """The policy with its weights, and their hash. Raises UserError when a weights file does not fit the model."""
+    if config.journal:
+        return _from_journal(config)
+    engine = open_engine(config, config.policy_model_path)
+    if config.policy_vllm_ckpt:
+        load_vllm_checkpoint(engine, config.policy_vllm_ckpt)
+    return engine, engine.weights_hash()
+
+
+def open_engine(config: Config, path: str, dtype: str | None = None) -> TransformersEngine:
+    """An engine with the script's settings, transformers' or vLLM's."""
+    kind = TransformersEngine
+    if config.policy_use_vllm:
+        try:
+            from alignment.generation.vllm_engine import VLLMEngine as kind
+        except ImportError as error:
+            raise UserError(
+                f"--policy_use_vllm: vLLM cannot be imported ({error}); it has an environment of its own "
+                "(requirements-cluster.txt). Without the flag transformers generates"
+            ) from error
+    return kind(
+        path,
+        template=config.policy_template,
+        device=config.device,
+        dtype=dtype or config.dtype,
+        first_turn_only=config.first_turn_only,
+        batch_size=config.policy_batch_size,
+    )
+
+
+def load_vllm_checkpoint(engine: TransformersEngine, path: str | Path) -> None:
+    """Puts a saved state dict into the engine: names as vLLM fuses them (qkv_proj, gate_up_proj) or as transformers has them.
+
+    Raises UserError for a file that is no plain state dict of tensors, and for tensors that are missing, unknown or of
+    another shape.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"cannot read the state dict {path} (plain tensors, torch.save): {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise UserError(f"{path}: expected a state dict, name -> tensor, as torch.save(model.state_dict(), path) writes it")
+    own = engine.weights()
+    given = _unfused(state, own, path)
+    # A tied head has no parameter of its own; old checkpoints hold rotary tables, which the model computes.
+    unknown = [name for name in given if name not in own and name != "lm_head.weight" and "rotary_emb" not in name]
+    missing = own.keys() - given.keys()
+    if unknown or missing:
+        found = [f"lacks {min(missing)} ({len(missing)} in all)"] if missing else []
+        found += [f"has the unknown {unknown[0]} ({len(unknown)} in all)"] if unknown else []
+        raise UserError(f"{path} does not fit the model of --policy_model_path: it {' and '.join(found)}")
+    for name, tensor in own.items():
+        if given[name].shape != tensor.shape:
+            raise UserError(f"{path}: {name} has the shape {list(given[name].shape)}, the model {list(tensor.shape)}")
+    for name, tensor in own.items():
+        tensor.copy_(given[name])
+
+
+def _unfused(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:
+    """The state by Hugging Face names: fused tensors split by the rows of the model's own, padded vocabularies cut."""
+    result = {}
+    for name, tensor in state.items():
+        stem, _, kind = name.rpartition(".")
+        stem, _, module = stem.rpartition(".")
+        parts = [f"{stem}.{part}.{kind}" for part in FUSED.get(module, ())]
+        if parts and all(part in own for part in parts):
+            rows = [own[part].shape[0] for part in parts]
+            if sum(rows) != len(tensor):
+                raise UserError(f"{path}: {name} has {len(tensor)} rows, the model's {', '.join(FUSED[module])} {rows}")
+            result |= dict(zip(parts, tensor.split(rows), strict=True))
+        elif name.endswith(VOCABULARY) and name in own:
+            known = own[name].shape[0]
+            padded = -(-known // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+            result[name] = tensor[:known] if len(tensor) == padded else tensor
+        else:
+            result[name] = tensor
+    return result
+
+
+def parse_journal(text: str) -> tuple[Path, int]:
+    """`FILE@ITER` as a path and a number of steps."""
+    path, _, steps = text.rpartition("@")
+    if not path or not steps.isdecimal():
+        raise UserError(f"--journal {text}: expected FILE@ITER, for example runs/es1/journal.jsonl@120")
+    return Path(path), int(steps)
+
+
+def _from_journal(config: Config) -> tuple[TransformersEngine, str]:
+    path, iteration = parse_journal(config.journal)
+    start, steps = read_journal(path)
+    settings = start["settings"]
+    if iteration > len(steps):
+        raise UserError(f"--journal {config.journal}: {path} has {len(steps)} steps")
+    if settings["noise"] == "reference":
+        raise UserError(
+            f"--journal {config.journal}: a run with noise: reference drifts, and its journal does not tell how; give a "
+            "checkpoint that it saved as --policy_model_path"
+        )
+    run_dtype = settings["dtype"]
+    if run_dtype == "auto":  # as the engine resolved it on the run's device
+        run_dtype = "float32" if settings["device"] == "cpu" else "bfloat16"
+    engine = open_engine(config, config.policy_model_path, run_dtype)
+    base_hash = engine.weights_hash() if settings["lora_rank"] is not None else ""
+    weights = open_weights(engine, settings)
+    if weights.hash() != start["base_weights"]:
+        raise UserError(
+            f"--policy_model_path {config.policy_model_path} does not hold the base weights that {path} was begun from "
+            f"({weights.hash()[:12]}, not {start['base_weights'][:12]})"
+        )
+    for step in steps[:iteration]:
+        weights.step(step["seeds"], step["coefficients"])
+    weights.restore()  # the engine gets the master, rounded once to its dtype
+    # With adapters the engine's weights are theirs alone: what they stand on belongs to the hash as well.
+    own = engine.weights_hash()
+    return engine, hashlib.sha256((base_hash + own).encode()).hexdigest() if base_hash else own

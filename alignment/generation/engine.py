@@ -1,0 +1,160 @@
+"""What every generation engine is: prompts to token ids, batches by a rule of the prompts alone, tokens to an answer.
+
+The response is the model's own first turn; it is cut here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from alignment.conversation import get_template, load_tokenizer
+from alignment.errors import UserError
+from alignment.progress import progress_bar
+
+_CONTEXT_TOKENS = 8  # enough for a decoder to see that a response stands in the middle of a text
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer. `raw` is the decoded text; `response` is `raw` up to where the model began the user's next turn."""
+
+    raw: str
+    response: str
+    finished: bool  # the end-of-sequence token came, or the turn was cut
+    cut: bool
+    num_tokens: int  # tokens generated before the end of sequence, those after a cut included
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: temperature 0 is greedy; otherwise sampling that `seed` makes repeatable."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Engine(ABC):
+    """A policy that answers prompts. Subclasses load it and implement `_answer`, `parameters` and `save_pretrained`."""
+
+    device: torch.device
+    end_ids: list[int]
+    context: int | None  # longest prompt and answer together, in tokens; None when the model has no limit
+
+    def __init__(self, model_path: str | Path, template: str, first_turn_only: bool, batch_size: int):
+        self.tokenizer = load_tokenizer(model_path)
+        self.template = get_template(template, self.tokenizer)
+        self.first_turn_only = first_turn_only
+        self.batch_size = batch_size
+
+    @abstractmethod
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """The tensors that the engine computes with (views of them), by Hugging Face parameter name; tied ones once."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """The model in Hugging Face layout (safetensors) with its tokenizer; `weights` by name in place of its own."""
+
+    @abstractmethod
+    def _answer(self, batch: dict[int, list[int]], max_new_tokens: int, sampling: Sampling) -> dict[int, Generation]:
+        """Answers to a batch of encoded prompts, by index."""
+
+    def weights(self, pattern: str | None = None) -> dict[str, torch.Tensor]:
+        """`parameters`, with a regular expression only those whose name it finds (UserError when there is none)."""
+        everything = self.parameters()
+        found = {name: tensor for name, tensor in everything.items() if pattern is None or re.search(pattern, name)}
+        if not found:
+            raise UserError(
+                f"no parameter's name matches {pattern!r}; there are {', '.join(list(everything)[:4])}, ..."
+            )
+        return found
+
+    def weights_hash(self) -> str:
+        """SHA-256 over names, shapes, dtypes and bytes of all parameters, in the order of their names."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.parameters().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> list[Generation]:
+        """Answers `prompts`, in their order.
+
+        Raises UserError for a prompt that leaves no room for `max_new_tokens` in the model's context.
+        """
+        answers: dict[int, Generation] = {}
+        with progress_bar(len(prompts), "generate", "prompt", disable=not progress) as bar:
+            for number, batch in enumerate(self._batches(prompts, max_new_tokens)):
+                answers |= self._answer(batch, max_new_tokens, Sampling(temperature, top_p, seed + number))
+                bar.update(len(batch))
+        return [answers[index] for index in range(len(prompts))]
+
+    def generate_share(
+        self, prompts: Sequence[str], max_new_tokens: int, rank: int, world_size: int
+    ) -> dict[int, Generation]:
+        """Greedy answers to this process's share of `prompts`, by index.
+
+        Whole batches are dealt out, so that an answer does not depend on how many processes there are.
+        """
+        answers: dict[int, Generation] = {}
+        for batch in self._batches(prompts, max_new_tokens)[rank::world_size]:
+            answers |= self._answer(batch, max_new_tokens, Sampling())
+        return answers
+
+    def read(self, prompt: list[int], tokens: list[int]) -> Generation:
+        """The answer that a prompt's ids and the tokens generated behind them (with what follows their end) make."""
+        length = next((index for index, token in enumerate(tokens) if token in self.end_ids), None)
+        ended = length is not None
+        own = tokens[:length]
+        # A SentencePiece decoder drops the space that a text begins with, so a response decoded alone would lose its own:
+        # decode it behind the end of the prompt and take what was added.
+        before = self._decode(prompt[-_CONTEXT_TOKENS:])
+        whole = self._decode(prompt[-_CONTEXT_TOKENS:] + own)
+        raw = whole[len(before) :] if whole.startswith(before) else self._decode(own)
+        response, cut = self.template.cut_first_turn(raw) if self.first_turn_only else (raw, False)
+        return Generation(raw=raw, response=response, finished=ended or cut, cut=cut, num_tokens=len(own))
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _batches(self, prompts: Sequence[str], max_new_tokens: int) -> list[dict[int, list[int]]]:
+        """Batches of {index: ids}. Neighbours of similar length share one: little padding, by a rule of the prompts alone."""
+        encoded = [self.template.encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        self._check_room(encoded, max_new_tokens)
+        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+        starts = range(0, len(order), self.batch_size)
+        return [{index: encoded[index] for index in order[start : start + self.batch_size]} for start in starts]
+
+    def _check_room(self, encoded: list[list[int]], max_new_tokens: int) -> None:
+        for index, ids in enumerate(encoded):
+            if self.context is not None and len(ids) + max_new_tokens > self.context:
+                raise UserError(
+                    f"prompt {index + 1} has {len(ids)} tokens; with max_new_tokens {max_new_tokens} that is more than the "
+                    f"model's context of {self.context}: leave that prompt out or lower max_new_tokens"
+                )
+
+
+def end_ids_of(generation_config: object, tokenizer: object) -> list[int]:
+    """Every id that ends a sequence: the generation config's (one or several) and the tokenizer's."""
+    configured = getattr(generation_config, "eos_token_id", None)
+    ids = [configured] if isinstance(configured, int) else list(configured or [])
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
+        ids.append(tokenizer.eos_token_id)
+    if not ids:
+        raise UserError("neither the policy's generation config nor its tokenizer names an end-of-sequence token")
+    return ids
