@@ -118,9 +118,8 @@ class _Parser(argparse.ArgumentParser):
     def refuse(self, word: str) -> NoReturn:
         flags = sorted({flag for action in self._actions for flag in action.option_strings if "-" not in flag[2:]})
         if word.startswith("-"):
-            raise UserError(
-                f"unknown option {word}{nearest(word.split('=')[0].replace('-', '_').replace('__', '--', 1), flags)}"
-            )
+            word = word.split("=")[0]  # a value may be a secret
+            raise UserError(f"unknown option {word}{nearest(word.replace('-', '_').replace('__', '--', 1), flags)}")
         raise UserError(f"unexpected argument '{word}': settings are given as --name value")
 
     def error(self, message: str) -> NoReturn:

@@ -16,6 +16,7 @@ from alignment.errors import UserError
 from alignment.evaluation import classify_reward_cost_unified as script
 from alignment.evaluation.points import load_scores, prompt_ids, read_points
 from alignment.records import read_json, read_jsonl, write_jsonl
+from alignment.scoring.client import Scores
 
 FILES = ("Rs.npy", "Cs.npy", "labels.npy", "points.jsonl", "scatter.png", "summary.json")
 PUBLISHED = ["prompt", "response", "reward", "cost", "label"]
@@ -25,7 +26,7 @@ STRANGE = [
     "\U0001f600 emoji \u00e9",
     "",
     " ",
-    "x" * 5000,
+    "x" * 50_000,
     "same",
     "same",
     "line\nbreak\r\n",
@@ -214,7 +215,7 @@ class Scorer:
         gone = np.array([text in self.missing for text in responses])
         errors = ["reward is nan" if one else None for one in gone]
         values = np.where(gone, np.nan, 1.0)
-        return script.Scores(values, -np.ones(len(gone)), errors, [False] * len(gone))
+        return Scores(values, -np.ones(len(gone)), errors, [False] * len(gone))
 
 
 @pytest.mark.parametrize("missing", [1, 6])
@@ -254,6 +255,11 @@ def test_sweep_entry_over_defaults_and_flags_over_it(tmp_path):
     sweeps.write_text("sweeps:\n- {model_name: A, num_samples: many}\n")
     with pytest.raises(UserError, match=r"sweeps.yaml, sweep A: .*num_samples"):
         read("--sweep", "A")
+    sweeps.write_text("sweeps:\n- {model_name: a/b}\n- {model_name: a_b}\n")
+    with pytest.raises(UserError, match="the sweeps a/b and a_b write the same files"):
+        read("--sweep", "0")
+    sweeps.write_text("sweeps:\n- {model_name: A, output_dir: x}\n- {model_name: A, output_dir: y}\n")
+    assert read("--sweep", "1").output_dir == "y"
 
 
 def test_the_sweep_file_and_its_script_fit_together(tmp_path):
@@ -276,7 +282,10 @@ def test_the_sweep_file_and_its_script_fit_together(tmp_path):
     [
         (["--from_jsonl", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--policy_model_path", "a", "--responses_from", "b"], "give one"),
-        (["--policy_use_vllm"], "--policy_use_vllm"),
+            (["--policy_use_vllm"], "--policy_use_vllm needs --policy_model_path"),
+        (["--policy_vllm_ckpt", "a.pth"], "--policy_vllm_ckpt needs --policy_model_path"),
+        (["--policy_model_path", "a", "--journal", "b"], "expected FILE@ITER"),
+        (["--policy_model_path", "a", "--journal", "b@3", "--policy_vllm_ckpt", "c"], "give one"),
         (["--polcy_model_path", "a"], "policy_model_path"),
     ],
 )
@@ -308,5 +317,5 @@ def test_local_data_set(tmp_path, tiny_policy, scorer_flags):
     drawn = np.random.default_rng(42).choice(10, size=4, replace=False)  # the published draw
     points = json.loads(json.dumps(read_points(tmp_path / "m_points.jsonl")))
     assert [row["prompt"] for row in points] == [f"question {i}" for i in drawn]
-    with pytest.raises(UserError, match="--split train"):
+    with pytest.raises(UserError, match="split 'train'.*test"):
         script.main([*flags, "--split", "train", "--model_name", "n", *scorer_flags])

@@ -101,5 +101,12 @@ def test_wrong_yaml_is_named(tmp_path, text, words):
     assert "\n" not in str(error.value)
 
 
+def test_the_value_of_an_unknown_flag_is_not_echoed():
+    with pytest.raises(UserError) as error:
+        load("--api_key=secret")
+    assert "--api_key" in str(error.value)
+    assert "secret" not in str(error.value)
+
+
 def test_an_empty_file_means_defaults(tmp_path):
     assert load(tmp_path=tmp_path, yaml_text="# nothing\n") == Example()

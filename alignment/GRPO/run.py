@@ -19,6 +19,7 @@ from trl.models import unwrap_model_for_generation
 from alignment.errors import UserError
 from alignment.evaluation.held_out import score_held_out, summary_line
 from alignment.generation import Generation
+from alignment.GRPO.checkpoints import newest_checkpoint, step_of
 from alignment.GRPO.ranks import Stopped, on_any, raise_on_all
 from alignment.GRPO.settings import GRPOSettings
 from alignment.GRPO.trainer import ConstrainedGRPOTrainer
@@ -212,27 +213,3 @@ class Run(TrainerCallback):
         if self.stop:
             raise Stopped
         self.bar.set_description(f"waiting for the scorer, {seconds / 60:.0f} min")
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run. They appear when they are whole, so whatever bears the name can be resumed from."""
-    return max((folder / "checkpoints").glob("iteration_*"), default=None, key=step_of)
-
-
-def step_of(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("iteration_"))
-
-
-def check_same_run(manifest: dict, deciding: dict, folder: Path) -> None:
-    """Raises UserError when a run that exists was begun with other settings, weights, prompts, scorer or processes."""
-    known = manifest.get("deciding", {})
-    changed = [
-        f"{name} (was {known.get(name)!r}, now {value!r})"
-        for name, value in deciding.items()
-        if known.get(name) != value
-    ]
-    if changed:
-        raise UserError(
-            f"{folder} was begun otherwise: {', '.join(changed)}. Going on would not be that run: undo the change, or give "
-            "another --output_dir"
-        )

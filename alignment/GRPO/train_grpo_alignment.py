@@ -21,6 +21,7 @@ from pathlib import Path
 
 from alignment.config import as_yaml
 from alignment.errors import UserError, run_main
+from alignment.GRPO.checkpoints import check_same_run, newest_checkpoint, step_of
 from alignment.GRPO.settings import load_settings
 from alignment.records import load_prompts, read_json, write_json
 
@@ -36,6 +37,11 @@ def main() -> int:
     begun = (folder / "manifest.json").exists()
     if begun and not settings.resume:
         raise UserError(f"{folder} holds a run already: give another --output_dir, or leave out --resume false")
+    if begun:
+        check_same_run(read_json(folder / "manifest.json")["deciding"], settings.deciding(), folder)
+        if step_of(newest_checkpoint(folder)) >= settings.max_steps and (folder / "final").exists():
+            print(f"{folder} is finished; a larger --max_steps would go on with it")
+            return 0
 
     # torch and the models only now, so that a mistake in the settings is told at once.
     warnings.filterwarnings(
@@ -44,7 +50,7 @@ def main() -> int:
     from alignment.generation import TransformersEngine
     from alignment.GRPO.data import draw_rows, prompts_that_fit, run_order
     from alignment.GRPO.reward import ConstrainedReward
-    from alignment.GRPO.run import Run, check_same_run
+    from alignment.GRPO.run import Run
     from alignment.GRPO.trainer import ConstrainedGRPOTrainer
     from alignment.GRPO.trl_config import adapter_config, trl_config, weights_dtype
     from alignment.lagrangian import LagrangeMultiplier
@@ -75,7 +81,7 @@ def main() -> int:
             "scorer": scorer.identity(),
         }
         if begun:
-            check_same_run(read_json(folder / "manifest.json"), deciding, folder)
+            check_same_run(read_json(folder / "manifest.json")["deciding"], deciding, folder)
         multiplier = LagrangeMultiplier(
             value=settings.lambda_cost,
             adapt=settings.lambda_adapt,

@@ -1,8 +1,9 @@
 """Answers of a policy, saved as they come, and their log-probability under another model.
 
-`{model}_generations.jsonl` begins with one line of settings; a line with an answer follows for each prompt. A run that was
-killed goes on after the last whole line. Batches are formed from the prompts alone, so a batch that was half saved is made
-again as it was and its missing rows are added: the file is the same as without the kill.
+`{model}_generations.jsonl` begins with one line that names the policy, its weights, template, sampling and, once they are
+scored, the scorer; a line with an answer follows for each prompt. A run that was killed goes on after the last whole line.
+Batches are formed from the prompts alone, so a batch that was half saved is made again as it was and its missing rows are
+added: the file is the same as without the kill.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import numpy as np
 import torch
 
 from alignment.errors import UserError
+from alignment.evaluation.policies import open_policy
 from alignment.generation import Generation, TransformersEngine
 from alignment.progress import progress_bar
-from alignment.records import JsonlWriter, read_jsonl
+from alignment.records import JsonlWriter, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
     from alignment.evaluation.classify_reward_cost_unified import Config
@@ -29,9 +31,10 @@ def generate_answers(config: Config, rows: list[dict], path: Path) -> dict:
 
     Raises UserError when `path` was begun with other settings, weights or prompts.
     """
-    engine = _engine(config, config.policy_model_path)
+    engine, weights_hash = open_policy(config)
     settings = {
-        "weights_hash": engine.weights_hash(),
+        "weights_hash": weights_hash,
+        "engine": "vllm" if config.policy_use_vllm else "transformers",
         "template": config.policy_template,
         "first_turn_only": config.first_turn_only,
         "max_new_tokens": config.policy_max_new_tokens,
@@ -39,13 +42,13 @@ def generate_answers(config: Config, rows: list[dict], path: Path) -> dict:
         "top_p": config.policy_top_p,
         "seed": config.seed,
         "batch_size": config.policy_batch_size,
-        "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "dtype": str(next(iter(engine.weights().values())).dtype).removeprefix("torch."),
         "prompts": hashlib.sha256("\n".join(row["id"] for row in rows).encode()).hexdigest()[:16],
     }
     with JsonlWriter(path) as writer:
         done = _saved_answers(path, settings)
         if done is None:
-            writer.append({"policy_model_path": config.policy_model_path} | settings)
+            writer.append({"policy": config.policy} | settings)
             done = {}
         if done:
             print(f"{path}: {len(done)} of {len(rows)} answers are there already", flush=True)
@@ -71,7 +74,13 @@ def generate_answers(config: Config, rows: list[dict], path: Path) -> dict:
 
 def base_log_probs(config: Config, rows: list[dict]) -> dict:
     """Adds log_prob_base, nats a token, to every row (None where a response has no token); returns what the base was."""
-    engine = _engine(config, config.base_model_path)
+    engine = TransformersEngine(
+        config.base_model_path,
+        template=config.policy_template,
+        device=config.device,
+        dtype=config.dtype,
+        batch_size=config.policy_batch_size,
+    )
     with progress_bar(len(rows), "log-prob under base", "row") as bar:
         for start in range(0, len(rows), config.policy_batch_size):
             batch = rows[start : start + config.policy_batch_size]
@@ -85,15 +94,10 @@ def base_log_probs(config: Config, rows: list[dict]) -> dict:
     return base
 
 
-def _engine(config: Config, path: str) -> TransformersEngine:
-    return TransformersEngine(
-        path,
-        template=config.policy_template,
-        device=config.device,
-        dtype=config.dtype,
-        first_turn_only=config.first_turn_only,
-        batch_size=config.policy_batch_size,
-    )
+def name_scorer(path: Path, identity: dict) -> None:
+    """Writes into the first line of saved answers what scored them."""
+    first, *answers = read_jsonl(path)
+    write_jsonl(path, [first | {"scorer": identity}, *answers])
 
 
 def _generate_batch(config: Config, engine: TransformersEngine, batch: list[dict], number: int) -> list[Generation]:

@@ -3,14 +3,15 @@
     python alignment/evaluation/classify_reward_cost_unified.py --policy_model_path models/alpaca-7b \\
         --model_name Alpaca-7B --from_jsonl alignment/data/custom_eval_500.jsonl --scorer_url http://127.0.0.1:8000
 
-What is scored: the answers of `--policy_model_path`; or given ones (`--responses_from FILE` with prompt and response, a
+What is scored: the answers of `--policy_model_path` (with other weights in it: `--policy_vllm_ckpt FILE.pth`, `--journal
+FILE@ITER`); or given ones (`--responses_from FILE` with prompt and response, a
 points file for example); or, with neither, the data's own response_0 and response_1. What scores: the service at
 `--scorer_url`, or in this process `--reward_model` and `--cost_model`. Prompts come from `--from_jsonl` (it wins over the
 hub, as published) or from `--dataset_name`.
 
-Answers are saved as they are generated (`{model}_generations.jsonl`), so a run that was killed goes on where it stopped and
-ends with the same files. The results are `{model}_Rs.npy`, `_Cs.npy`, `_labels.npy`, `_points.jsonl`, `_scatter.png` and,
-last, `_summary.json`: it is there only when the rest is whole.
+Answers and scores are saved as they come (`{model}_generations.jsonl`, and `_scores.jsonl` while scoring), so a run that was
+killed goes on where it stopped and ends with the same files. The results are `{model}_Rs.npy`, `_Cs.npy`, `_labels.npy`,
+`_points.jsonl`, `_scatter.png` and, last, `_summary.json`: it is there only when the rest is whole.
 
 Departures from the published script: temperature 0 is greedy; an empty answer is scored as such and never replaced by the
 data's responses; a model's invented next turns are cut (`--first_turn_only false` keeps them); a missing score is null with
@@ -29,20 +30,20 @@ import torch
 
 from alignment.config import load_config, setting
 from alignment.errors import UserError, run_main
-from alignment.evaluation.answers import base_log_probs, generate_answers
+from alignment.evaluation.answers import base_log_probs, generate_answers, name_scorer
 from alignment.evaluation.measures import as_record, category_table, measure, prompt_groups, score_arrays
 from alignment.evaluation.points import DEFAULT_FOLDER, FURTHER_KEYS, PUBLISHED_KEYS, ModelScores, model_file
+from alignment.evaluation.policies import parse_journal
 from alignment.evaluation.prompts import load_rows
+from alignment.evaluation.scores import add_scores
 from alignment.evaluation.sweeps import sweep_arguments
-from alignment.objective import quadrant_labels, quadrant_summary
-from alignment.progress import progress_bar
+from alignment.objective import quadrant_summary
 from alignment.records import read_json, save_npy, write_json, write_jsonl
-from alignment.scoring.client import ScorerClient, Scores
+from alignment.scoring.client import ScorerClient
 from alignment.scoring.local_scorer import LocalScorer
 from alignment.visualization.plot_reward_cost_grid import draw_grid
 from alignment.visualization.style import save_figure
 
-MAX_MISSING = 0.05  # share of rows without a score above which there is no result
 SWEEP_FILE = "alignment/evaluation/sweep_configs.yaml"
 
 
@@ -78,8 +79,11 @@ class Config:
     policy_temperature: float = setting(0.0, "0 is greedy", minimum=0.0)
     policy_top_p: float = setting(1.0, "nucleus sampling, with a temperature", minimum=0.0, maximum=1.0)
     policy_batch_size: int = setting(64, "prompts in one generation batch", minimum=1)
-    policy_use_vllm: bool = setting(False, "published flag; this script generates with transformers")
-    policy_vllm_ckpt: str | None = setting(None, "published flag; give the checkpoint's Hugging Face folder instead")
+    policy_use_vllm: bool = setting(False, "generate with vLLM (an environment of its own: requirements-cluster.txt)")
+    policy_vllm_ckpt: str | None = setting(
+        None, "state dict (.pth) whose weights replace the policy's; vLLM's names are fine"
+    )
+    journal: str | None = setting(None, "FILE@ITER: the policy after ITER steps of the ES run that began from it")
     first_turn_only: bool = setting(True, "cut an answer where the model begins the user's next turn")
     base_model_path: str | None = setting(None, "also compute the answers' mean log-probability under this model")
     lambda_cost: float = setting(1.0, "lambda of the objective E[R - lambda C]", minimum=0.0)
@@ -93,11 +97,13 @@ class Config:
     def __post_init__(self) -> None:
         if self.policy_model_path and self.responses_from:
             raise UserError("--policy_model_path and --responses_from: give one, the answers are generated or given")
-        if self.policy_use_vllm or self.policy_vllm_ckpt:
-            raise UserError(
-                "--policy_use_vllm, --policy_vllm_ckpt: answers are generated with transformers; give the checkpoint's "
-                "Hugging Face folder as --policy_model_path"
-            )
+        for flag in ("journal", "policy_vllm_ckpt", "policy_use_vllm"):
+            if getattr(self, flag) and not self.policy_model_path:
+                raise UserError(f"--{flag} needs --policy_model_path, the model that it is about")
+        if self.journal and self.policy_vllm_ckpt:
+            raise UserError("--journal and --policy_vllm_ckpt: give one, each replaces the policy's weights")
+        if self.journal:
+            parse_journal(self.journal)
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -106,17 +112,32 @@ class Config:
         return "bfloat16" if self.bf16 else "auto"
 
     @property
+    def policy(self) -> str | None:
+        if self.journal:
+            return f"{self.policy_model_path} with {self.journal}"
+        return (
+            f"{self.policy_model_path} with {self.policy_vllm_ckpt}"
+            if self.policy_vllm_ckpt
+            else self.policy_model_path
+        )
+
+    @property
     def source(self) -> str:
-        if self.policy_model_path:
-            return f"answers of {self.policy_model_path}"
+        if self.policy:
+            return f"answers of {self.policy}"
         return f"responses in {self.responses_from}" if self.responses_from else "the data's own responses"
 
     @property
     def name(self) -> str:
         if self.model_name:
             return self.model_name
-        path = self.policy_model_path or self.responses_from
-        return Path(path).name.removesuffix(".jsonl").removesuffix("_points") if path else "dataset"
+        if self.journal:
+            path, steps = parse_journal(self.journal)
+            return f"{path.resolve().parent.name}-{steps}"
+        path = self.policy_vllm_ckpt or self.policy_model_path or self.responses_from
+        return (
+            Path(path).name.removesuffix(".jsonl").removesuffix(".pth").removesuffix("_points") if path else "dataset"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -129,13 +150,17 @@ def main(argv: list[str] | None = None) -> None:
     rows = load_rows(config)
     print(f"{config.name}: {len(rows)} rows, {len({row['prompt'] for row in rows})} distinct prompts", flush=True)
 
-    sampling = None
+    sampling, answers = None, model_file(config.output_dir, config.name, "generations.jsonl")
     if config.policy_model_path:
-        sampling = generate_answers(config, rows, model_file(config.output_dir, config.name, "generations.jsonl"))
+        sampling = generate_answers(config, rows, answers)
     base = base_log_probs(config, rows) if config.base_model_path else None
     scorer = open_scorer(config)
-    add_scores(rows, scorer, config.scorer_batch_size)
+    saved_scores = model_file(config.output_dir, config.name, "scores.jsonl")
+    add_scores(rows, scorer, config.scorer_batch_size, saved_scores)
+    if config.policy_model_path:
+        name_scorer(answers, scorer.identity())
     write_results(config, rows, {"scorer": scorer.identity(), "sampling": sampling, "base": base})
+    saved_scores.unlink()
 
 
 def read_config(argv: list[str]) -> Config:
@@ -168,56 +193,23 @@ def open_scorer(config: Config):
     )
 
 
-def add_scores(rows: list[dict], scorer, batch_size: int) -> None:
-    """Adds reward, cost, label and truncated to every row; a row without scores has null for the three, and error says why.
-
-    Raises UserError when more than 5 % of the rows have no score.
-    """
-    step = 8 * batch_size  # several batches a call: the scorer sorts them by length
-    with progress_bar(len(rows), "score", "row") as bar:
-        for start in range(0, len(rows), step):
-            batch = rows[start : start + step]
-            columns = [[row[key] for row in batch] for key in ("prompt", "response", "finished")]
-            _add_batch(batch, scorer.score(columns[0], columns[1], finished=columns[2]))
-            bar.update(len(batch))
-    failed = [row for row in rows if "error" in row]
-    if len(failed) > MAX_MISSING * len(rows):
-        raise UserError(
-            f"{len(failed)} of {len(rows)} rows have no score, more than {100 * MAX_MISSING:.0f} %: no results are written. "
-            f"The first: {failed[0]['error']} (prompt {failed[0]['prompt']!r:.60})"
-        )
-    if failed:
-        print(f"{len(failed)} of {len(rows)} rows have no score and are left out of the statistics, see their 'error'")
-
-
-def _add_batch(rows: list[dict], scores: Scores) -> None:
-    # float32 as published; rewards and costs are float32 values already, so nothing is rounded here
-    labels = quadrant_labels(np.float32(scores.rewards), np.float32(scores.costs))
-    for index, row in enumerate(rows):
-        reward, cost = float(scores.rewards[index]), float(scores.costs[index])
-        row["truncated"] = bool(scores.truncated[index])
-        if np.isfinite(reward) and np.isfinite(cost):
-            row.update(reward=reward, cost=cost, label=str(labels[index]))
-        else:
-            reason = scores.errors[index] or f"the scorer gave reward {reward} and cost {cost}"
-            row.update(reward=None, cost=None, label=None, error=reason)
-
-
 def write_results(config: Config, rows: list[dict], made_with: dict) -> None:
     """All files, each whole; the summary comes last."""
+    model_file(config.output_dir, config.name, "summary.json").unlink(missing_ok=True)  # an older one, of other files
     rewards, costs = (np.array([row[key] for row in rows], dtype=np.float32) for key in ("reward", "cost"))  # None: NaN
     labels = np.array([row["label"] or "" for row in rows], dtype="<U2")
     scored = ~np.isnan(rewards)
     summary = quadrant_summary(rewards[scored], costs[scored])
     summary |= {
         "used_policy_model": bool(config.policy_model_path),
-        "used_vllm": False,
-        "policy_vllm_ckpt": "",
+        "used_vllm": config.policy_use_vllm,
+        "policy_vllm_ckpt": config.policy_vllm_ckpt or "",
         "dataset_split": config.split,
         "reward_model": made_with["scorer"]["reward_model"]["name"],
         "cost_model": made_with["scorer"]["cost_model"]["name"],
         "model_name": config.name,
         "source": config.source,
+        "journal": config.journal,
         "missing_scores": int(np.sum(~scored)),
         "distinct_prompts": len({row["prompt"] for row in rows}),
         "repeated_prompts": config.repeated_prompts,

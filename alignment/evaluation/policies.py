@@ -1,8 +1,8 @@
 """The policy whose answers are classified: a Hugging Face model as it is, or with other weights in it.
 
-    --policy_model_path MODEL                                   the model
-    --policy_model_path BASE --policy_vllm_ckpt weights.pth     a state dict with vLLM's fused names, as the published ES run saves
-    --policy_model_path BASE --journal RUN/journal.jsonl@120    the weights after 120 steps of an ES run, rebuilt from its journal
+--policy_model_path MODEL                                   the model
+--policy_model_path BASE --policy_vllm_ckpt weights.pth     a state dict with vLLM's fused names, as the published ES run saves
+--policy_model_path BASE --journal RUN/journal.jsonl@120    the weights after 120 steps of an ES run, rebuilt from its journal
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def load_vllm_checkpoint(engine: TransformersEngine, path: str | Path) -> None:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"cannot read the state dict {path} (plain tensors, torch.save): {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise UserError(f"{path}: expected a state dict, name -> tensor, as torch.save(model.state_dict(), path) writes it")
+        raise UserError(
+            f"{path}: expected a state dict, name -> tensor, as torch.save(model.state_dict(), path) writes it"
+        )
     own = engine.weights()
     given = _unfused(state, own, path)
     # A tied head has no parameter of its own; old checkpoints hold rotary tables, which the model computes.

@@ -40,13 +40,18 @@ def add_scores(rows: list[dict], scorer: Scorer, batch_size: int, saved: Path) -
     digest = hashlib.sha256("\0".join(repr([row[key] for key in columns]) for row in rows).encode())
     begun = {"scorer": scorer.identity(), "batch_size": batch_size, "rows": digest.hexdigest()}
     size = BATCHES_A_CHUNK * batch_size
-    with JsonlWriter(saved) as writer:  # heals a torn last line
-        lines = read_jsonl(saved)
+    JsonlWriter(saved).close()  # heals a torn last line
+    lines = read_jsonl(saved)
     if lines and lines[0] != begun:
         print(f"{saved} holds scores of other texts or of another scorer: all rows are scored anew", flush=True)
         saved.unlink()
         lines = []
     done = {chunk["start"]: chunk for chunk in lines[1:]}
+    if done:
+        print(
+            f"{saved}: scores of {sum(len(chunk['rewards']) for chunk in done.values())} rows are there already",
+            flush=True,
+        )
     with JsonlWriter(saved) as writer, progress_bar(len(rows), "score", "row") as bar:
         if not lines:
             writer.append(begun)
@@ -58,7 +63,15 @@ def add_scores(rows: list[dict], scorer: Scorer, batch_size: int, saved: Path) -
                 writer.append(done[start])
             _add_chunk(batch, done[start])
             bar.update(len(batch))
-    _check_missing(rows)
+    failed = [row for row in rows if "error" in row]
+    if len(failed) > MAX_MISSING_SHARE * len(rows):
+        saved.unlink()  # what is run again after the scorer was mended asks anew
+        raise UserError(
+            f"{len(failed)} of {len(rows)} rows have no score, more than {100 * MAX_MISSING_SHARE:.0f} %: no results are "
+            f"written. The first: {failed[0]['error']} (prompt {failed[0]['prompt']!r:.60})"
+        )
+    if failed:
+        print(f"{len(failed)} of {len(rows)} rows have no score and are left out of the statistics, see their 'error'")
 
 
 def _as_record(scores: Scores) -> dict:
@@ -66,7 +79,7 @@ def _as_record(scores: Scores) -> dict:
         "rewards": [finite_or_none(value) for value in scores.rewards],
         "costs": [finite_or_none(value) for value in scores.costs],
         "errors": [
-            error or None if np.isfinite([reward, cost]).all() else error or f"the scorer gave reward {reward} and cost {cost}"
+            None if np.isfinite([reward, cost]).all() else error or f"the scorer gave reward {reward} and cost {cost}"
             for reward, cost, error in zip(scores.rewards, scores.costs, scores.errors, strict=True)
         ],
         "truncated": [bool(value) for value in scores.truncated],
@@ -84,14 +97,3 @@ def _add_chunk(rows: Sequence[dict], chunk: dict) -> None:
             row.update(reward=None, cost=None, label=None, error=chunk["errors"][index])
         else:
             row.update(reward=reward, cost=cost, label=str(labels[index]))
-
-
-def _check_missing(rows: Sequence[dict]) -> None:
-    failed = [row for row in rows if "error" in row]
-    if len(failed) > MAX_MISSING_SHARE * len(rows):
-        raise UserError(
-            f"{len(failed)} of {len(rows)} rows have no score, more than {100 * MAX_MISSING_SHARE:.0f} %: no results are "
-            f"written. The first: {failed[0]['error']} (prompt {failed[0]['prompt']!r:.60})"
-        )
-    if failed:
-        print(f"{len(failed)} of {len(rows)} rows have no score and are left out of the statistics, see their 'error'")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from alignment.config import nearest, read_yaml_mapping
 from alignment.errors import UserError
+from alignment.evaluation.points import file_stem
 
 
 def sweep_arguments(path: str | Path, which: str, config_class: type) -> list[str]:
@@ -29,8 +30,10 @@ def sweep_arguments(path: str | Path, which: str, config_class: type) -> list[st
     sweeps = content.get("sweeps") or []
     if not isinstance(sweeps, list) or not sweeps:
         raise UserError(f"{path}: expected a list of runs under 'sweeps:', each with a model_name and its settings")
+    defaults = _mapping(content.get("defaults") or {}, f"{path}: defaults")
     entry, where = _find(path, sweeps, which)
-    settings = {**_mapping(content.get("defaults") or {}, f"{path}: defaults"), **_mapping(entry, where)}
+    settings = {**defaults, **_mapping(entry, where)}
+    _check_files_differ(path, [{**defaults, **one} for one in sweeps if isinstance(one, dict)])
     known = [field.name for field in dataclasses.fields(config_class) if field.name not in ("sweep", "sweep_config")]
     arguments = []
     for key, value in settings.items():
@@ -43,10 +46,25 @@ def sweep_arguments(path: str | Path, which: str, config_class: type) -> list[st
     return arguments
 
 
+def _check_files_differ(path: str | Path, runs: list[dict]) -> None:
+    """Two array tasks must not write the same files."""
+    seen: dict[tuple[str, str], str] = {}
+    for run in runs:
+        if (name := str(run.get("model_name") or "")) == "":
+            continue
+        files = (str(run.get("output_dir")), file_stem(name))
+        if files in seen:
+            raise UserError(
+                f"{path}: the sweeps {seen[files]} and {name} write the same files ({files[1]}_summary.json and others); "
+                "give each its own model_name or output_dir"
+            )
+        seen[files] = name
+
+
 def _find(path: str | Path, sweeps: list, which: str) -> tuple[object, str]:
     names = [str(entry.get("model_name")) if isinstance(entry, dict) else "" for entry in sweeps]
     if which in names:
-        if names.count(which) > 1:
+        if names.count(which) > 1:  # they may differ in output_dir
             raise UserError(f"{path}: {names.count(which)} sweeps have the model_name {which}; name one by its index")
         index = names.index(which)
     elif which.isdecimal() and int(which) < len(sweeps):

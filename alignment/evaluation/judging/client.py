@@ -72,6 +72,8 @@ class JudgeClient:
         except Exception as error:  # an address that is not a URL: the HTTP library's own kinds of error
             raise UserError(f"--base_url / OPENAI_BASE_URL: {self._clean(error)}") from None
         self.address = re.sub(r"//[^/@]*@", "//", str(self._client.base_url))  # without a password in it
+        if not self.address.startswith(("http://", "https://")):
+            raise UserError(f"--base_url / OPENAI_BASE_URL: expected http:// or https://, got {self.address}")
 
     async def close(self) -> None:
         await self._client.close()

@@ -171,8 +171,8 @@ def rating_warnings(rated: Ratings) -> list[str]:
     won, played = rated.wins.sum(axis=1), rated.games.sum(axis=1)
     for model, wins, games in zip(rated.models, won, played, strict=True):
         if games and wins in (0, games):
-            verb = "lost" if wins == 0 else "won"
-            warnings.append(f"{model} {verb} all of {games:.0f} comparisons: only the prior bounds its rating, the interval says nothing")
+            what = f"{model} {'lost' if wins == 0 else 'won'} all of {games:.0f} comparisons"
+            warnings.append(f"{what}: only the prior bounds its rating, and the interval says nothing")
     if rated.prompts < 30:
         warnings.append(f"{rated.prompts} prompts are too few for a bootstrap interval to be trusted")
     return warnings

@@ -1,0 +1,346 @@
+"""The GRPO script as users run it, on one process and on two: what it writes, kills, signals, a scorer that fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from fake_scorer import FakeScorer, score_of
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from alignment.records import read_json, read_jsonl, write_jsonl
+
+REPO = Path(__file__).resolve().parents[1]
+slow = partial(pytest.param, marks=pytest.mark.slow)
+SCRIPT = "alignment/GRPO/train_grpo_alignment.py"
+SMALL = {
+    "num_generations": 4,
+    "prompts_per_step": 2,
+    "per_device_train_batch_size": 2,
+    "max_steps": 6,
+    "max_completion_length": 6,
+    "temperature": 1.0,
+    "learning_rate": 0.005,
+    "beta": 0.1,
+    "lambda_lr": 0.1,
+    "lambda_pos_cost_only": "false",
+    "eval_every": 2,
+    "save_steps": 2,
+    "scorer_batch_size": 64,
+    "scorer_max_wait": 3,
+    "seed": 7,
+}
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prompts")
+    write_jsonl(folder / "train.jsonl", [{"prompt": f"question {i}?"} for i in range(5)])
+    write_jsonl(folder / "eval.jsonl", [{"prompt": f"held out {i}"} for i in range(5)])
+    return folder
+
+
+def command(policy, url, prompts, run, *, processes=1, script=SCRIPT, **settings):
+    flags = [text for name, value in (SMALL | settings).items() for text in (f"--{name}", str(value))]
+    files = ["--train_jsonl", str(prompts / "train.jsonl"), "--eval_jsonl", str(prompts / "eval.jsonl")]
+    where = ["--model_name", str(policy), "--scorer_url", url, "--output_dir", str(run)]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
+    return [sys.executable, *(launcher if processes > 1 else []), script, *where, *files, *flags]
+
+
+def run_script(*arguments, environment=None, **settings):
+    return subprocess.run(
+        command(*arguments, **settings),
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **(environment or {})},
+    )
+
+
+def same_run(a: Path, b: Path) -> bool:
+    """Weights, metrics (with lambda and the prompts drawn) and held-out answers."""
+    first, second = (load_file(run / "final" / "model.safetensors") for run in (a, b))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    rows = [
+        [{key: value for key, value in row.items() if key != "seconds"} for row in read_jsonl(run / "metrics.jsonl")]
+        for run in (a, b)
+    ]
+    assert rows[0] == rows[1]
+    assert read_json(a / "final/trainer_state.json") == read_json(b / "final/trainer_state.json")
+    for path in (a / "eval").iterdir():
+        assert path.read_bytes() == (b / "eval" / path.name).read_bytes()
+    return True
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_policy, prompts, tmp_path_factory):
+    """A run from beginning to end, by number of processes; made when first asked for."""
+    runs = {}
+
+    def get(processes=1):
+        if processes not in runs:
+            run = tmp_path_factory.mktemp("undisturbed") / "run"
+            with FakeScorer() as scorer:
+                done = run_script(tiny_policy, scorer.url, prompts, run, processes=processes)
+            assert done.returncode == 0, done.stderr
+            runs[processes] = run, done
+        return runs[processes][0]
+
+    get.runs = runs
+    return get
+
+
+def test_the_run_folder_holds_what_it_promises(undisturbed, tiny_policy, prompts):
+    run = undisturbed()
+    done = undisturbed.runs[1][1]
+    metrics = read_jsonl(run / "metrics.jsonl")
+    assert [(row["kind"], row["iteration"]) for row in metrics] == [
+        ("eval", 0),
+        ("train", 0),
+        ("train", 1),
+        ("eval", 2),
+        ("train", 2),
+        ("train", 3),
+        ("eval", 4),
+        ("train", 4),
+        ("train", 5),
+        ("eval", 6),
+    ]
+    for row in metrics:
+        assert {"reward_mean", "cost_mean", "objective", "safe_ratio", "lambda"} <= row.keys()
+        if row["kind"] == "train":
+            assert len(set(row["prompt_rows"])) == 2
+            assert {"kl", "loss", "grad_norm", "generate", "score", "train"} <= row.keys() | row["seconds"].keys()
+        else:
+            assert row["objective_low"] <= row["objective"] <= row["objective_high"]
+    lambdas = [row["lambda"] for row in metrics if row["kind"] == "train"]
+    assert len(set(lambdas)) == 6
+    assert "beta: 0.1" in (run / "config.yaml").read_text()
+    assert read_json(run / "manifest.json")["deciding"]["scorer"]["reward_model"] == "fake"
+    assert list((run / "tensorboard").iterdir())
+    assert len(read_jsonl(run / "eval" / "iteration_00006_points.jsonl")) == 5
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["iteration_00004", "iteration_00006"]
+    assert not [path for path in run.rglob("*") if ".tmp" in path.name or path.name == "stopped.json"]
+    base = AutoModelForCausalLM.from_pretrained(str(tiny_policy)).state_dict()
+    for name in ("final", "best", "checkpoints/iteration_00006"):
+        AutoModelForCausalLM.from_pretrained(str(run / name))
+    final = load_file(run / "final" / "model.safetensors")
+    assert not all(torch.equal(base[name], tensor) for name, tensor in final.items())
+    assert read_json(run / "final/trainer_state.json")["lambda_state"]["value"] == lambdas[-1]
+    assert "step 6/6 objective" in done.stdout
+    assert "Traceback" not in done.stderr
+
+    before = (run / "metrics.jsonl").read_bytes()
+    again = run_script(tiny_policy, "http://127.0.0.1:9", prompts, run)
+    assert (again.returncode, "is finished" in again.stdout) == (0, True)
+    other = run_script(tiny_policy, "http://127.0.0.1:9", prompts, run, beta=0.2)
+    assert other.returncode == 2
+    assert other.stderr.strip().endswith("or give another --output_dir")
+    assert "beta (was 0.1, now 0.2)" in other.stderr
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def ignore_usr1():
+    signal.signal(
+        signal.SIGUSR1, signal.SIG_IGN
+    )  # as the job script starts the launcher; workers have their own handler
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ten_steps_are_five_a_signal_and_five(tiny_policy, prompts, tmp_path, processes):
+    settings = {"max_steps": 10, "save_steps": 100, "processes": processes}
+    with FakeScorer() as scorer:
+        done = run_script(tiny_policy, scorer.url, prompts, tmp_path / "whole", **settings)
+        assert done.returncode == 0, done.stderr
+    fifth = threading.Event()
+
+    def answer(number, body):
+        if number == 3 + 5 * processes:  # three evaluations by the first process, then its and the others' fifth step
+            fifth.set()
+            time.sleep(1)
+        return FakeScorer.scores(body)
+
+    run = tmp_path / "run"
+    with FakeScorer(answer) as scorer:
+        process = subprocess.Popen(
+            command(tiny_policy, scorer.url, prompts, run, **settings),
+            cwd=REPO,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=ignore_usr1,
+        )
+        assert fifth.wait(120)
+        os.killpg(process.pid, signal.SIGUSR1)
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == (138 if processes == 1 else 1), errors
+        assert "go on with:" in output
+        assert read_json(run / "stopped.json") == {"iteration": 5, "signal": "SIGUSR1"}
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["iteration_00005"]
+        done = run_script(tiny_policy, scorer.url, prompts, run, **settings)
+        assert done.returncode == 0, done.stderr
+    assert not (run / "stopped.json").exists()
+    assert same_run(run, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_kill_9_costs_the_steps_since_the_last_checkpoint(undisturbed, tiny_policy, prompts, tmp_path):
+    run = tmp_path / "run"
+    enough = threading.Event()
+
+    def answer(number, body):
+        if number == 6:  # in the fourth step
+            enough.set()
+            time.sleep(60)
+        return FakeScorer.scores(body)
+
+    with FakeScorer(answer) as scorer:
+        process = subprocess.Popen(command(tiny_policy, scorer.url, prompts, run), cwd=REPO, stdout=subprocess.DEVNULL)
+        assert enough.wait(120)
+        process.kill()
+        process.wait()
+    (run / "checkpoints" / ".iteration_00004.99.tmp").mkdir()  # as a kill while saving leaves one
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "iter')
+    with FakeScorer() as scorer:
+        done = run_script(tiny_policy, scorer.url, prompts, run)
+        assert done.returncode == 0, done.stderr
+    assert "going on after step 2" in done.stdout
+    assert same_run(run, undisturbed())
+
+
+@pytest.mark.slow
+def test_a_scorer_that_is_down_for_twenty_seconds_changes_nothing(undisturbed, tiny_policy, prompts, tmp_path):
+    down = []
+
+    def answer(number, body):
+        if number >= 5 and time.monotonic() - (down or [time.monotonic()])[0] < 20:  # from the third step on
+            down.append(time.monotonic())
+            return (None, 503)[number % 2]
+        return FakeScorer.scores(body)
+
+    with FakeScorer(answer) as scorer:
+        done = run_script(tiny_policy, scorer.url, prompts, tmp_path / "run", scorer_max_wait=120)
+    assert done.returncode == 0, done.stderr
+    assert len(down) > 3
+    assert same_run(tmp_path / "run", undisturbed())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_scorer_that_stays_away_ends_all_processes_with_their_state(
+    undisturbed, tiny_policy, prompts, tmp_path, processes
+):
+    run = tmp_path / "run"
+    good = 2 + 3 * processes  # two evaluations and three steps
+    with FakeScorer(lambda number, body: FakeScorer.scores(body) if number <= good else 503) as scorer:
+        done = run_script(tiny_policy, scorer.url, prompts, run, processes=processes)
+        assert done.returncode == (2 if processes == 1 else 1)
+        assert f"scorer {scorer.url} gave no answer" in done.stderr
+        assert "Traceback (most" not in done.stderr.split("torch/distributed")[0]
+        assert (run / "checkpoints" / "iteration_00003").exists()
+        assert not (run / "final").exists()
+        scorer.answer = lambda number, body: FakeScorer.scores(body)
+        done = run_script(tiny_policy, scorer.url, prompts, run, processes=processes)
+        assert done.returncode == 0, done.stderr
+    assert same_run(run, undisturbed(processes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failure", ["refused", "wrong count"])
+def test_one_process_failing_ends_both(undisturbed, tiny_policy, prompts, tmp_path, failure):
+    run = tmp_path / "run"
+
+    def answer(number, body):
+        scores = FakeScorer.scores(body)
+        if number != 9:  # two evaluations, three steps of two processes; then one request of the fourth
+            return scores
+        return 422 if failure == "refused" else {name: values[:-1] for name, values in scores.items()}
+
+    with FakeScorer(answer) as scorer:
+        done = run_script(tiny_policy, scorer.url, prompts, run, processes=2)
+        assert done.returncode == 1
+        assert {"refused": "refused the request, 422", "wrong count": "asked for 4 rewards, got 3"}[
+            failure
+        ] in done.stderr
+        assert (run / "checkpoints" / "iteration_00003").exists()
+        done = run_script(tiny_policy, scorer.url, prompts, run, processes=2)
+        assert done.returncode == 0, done.stderr
+    assert same_run(run, undisturbed(2))
+
+
+@pytest.mark.slow
+def test_missing_scores_are_counted_and_too_many_stop_the_run(tiny_policy, prompts, tmp_path):
+    settings = {"num_generations": 15, "per_device_train_batch_size": 30, "max_steps": 3, "eval_every": 100}
+
+    def answer(number, body):
+        scores = FakeScorer.scores(body)
+        for row in {3: [4], 4: [0, 1]}.get(number, []):  # of 30 completions
+            scores["rewards"][row] = None
+        if number in (3, 4):
+            scores["errors"] = [None if value is not None else "not finite" for value in scores["rewards"]]
+        return scores
+
+    with FakeScorer(answer) as scorer:
+        done = run_script(tiny_policy, scorer.url, prompts, tmp_path / "run", **settings)
+    assert done.returncode == 2
+    assert "2 of 30 completions of this step have no score" in done.stderr
+    rows = [row for row in read_jsonl(tmp_path / "run/metrics.jsonl") if row["kind"] == "train"]
+    assert [row["scores_missing"] for row in rows] == [0, 1]
+    assert (tmp_path / "run/checkpoints/iteration_00002").exists()
+
+
+@pytest.mark.slow
+def test_lambda_is_one_number_on_all_processes_and_the_same_on_any_number(tiny_policy, prompts, tmp_path):
+    def answer(number, body):  # scores of the prompt alone: the samples differ between 1 and 2 processes, these do not
+        pairs = [score_of(prompt, "") for prompt in body["prompts"]]
+        noise = [i / 977 for i in range(len(pairs))] if len(body["prompts"]) == 5 else [0.0] * len(pairs)
+        return {"rewards": [r + n for (r, _), n in zip(pairs, noise, strict=True)], "costs": [c for _, c in pairs]}
+
+    found = {}
+    for processes in (1, 2):
+        log = tmp_path / f"log{processes}"
+        log.mkdir()
+        with FakeScorer(answer) as scorer:
+            done = run_script(
+                tiny_policy,
+                scorer.url,
+                prompts,
+                tmp_path / f"run{processes}",
+                processes=processes,
+                script="tests/grpo_rank_log.py",
+                environment={"RANK_LOG": str(log)},
+            )
+        assert done.returncode == 0, done.stderr
+        found[processes] = [(log / f"rank_{rank}.txt").read_text().split() for rank in range(processes)]
+    assert found[2][0] == found[2][1] == found[1][0]
+    assert len(set(found[1][0])) == SMALL["max_steps"]
+
+
+@pytest.mark.slow
+def test_adapters_resume_exactly_and_are_saved_merged(tiny_policy, prompts, tmp_path):
+    settings = {"lora_rank": 2, "max_steps": 4}
+    with FakeScorer() as scorer:
+        assert run_script(tiny_policy, scorer.url, prompts, tmp_path / "whole", **settings).returncode == 0
+    # one evaluation, two steps, one evaluation; the third step finds no scorer
+    with FakeScorer(lambda number, body: FakeScorer.scores(body) if number <= 4 else 503) as scorer:
+        assert run_script(tiny_policy, scorer.url, prompts, tmp_path / "run", **settings).returncode == 2
+        scorer.answer = lambda number, body: FakeScorer.scores(body)
+        done = run_script(tiny_policy, scorer.url, prompts, tmp_path / "run", **settings)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/checkpoints/iteration_00004/adapter_model.safetensors").exists()
+    assert same_run(tmp_path / "run", tmp_path / "whole")
