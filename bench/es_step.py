@@ -95,10 +95,7 @@ def check_kernels() -> int:
 def measure_passes(shapes: dict[str, torch.Size], device_name: str) -> dict[str, float]:
     found: dict[str, float] = {}
     count = sum(shape.numel() for shape in shapes.values())
-    block = torch.empty(2**31, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(block)
-    rate = 2 * block.numel() / seconds(lambda: target.copy_(block))
-    del block, target
+    rate = copy_rate()
     working = {
         name: torch.empty(shape, dtype=torch.float16, device="cuda").normal_(0, 0.02) for name, shape in shapes.items()
     }
@@ -116,18 +113,25 @@ def measure_passes(shapes: dict[str, torch.Size], device_name: str) -> dict[str,
     found["step"] = seconds(lambda: weights.step(seeds, coefficients), 3)
     found["copy_bytes_per_second"] = rate
     found["perturb_limit"] = count * (4 + 2) / rate
-    found["step_limit_bytes"] = count * (4 + 4) / rate
+    found["step_limit"] = count * (4 + 4) / rate
     found["published_member"] = 2 * found["published_pass"]
     found["published_step"] = POPULATION * found["published_pass"]
     found["parameters"] = count
+    member, member_limit, member_published = (1e3 * found[k] for k in ("perturb", "perturb_limit", "published_member"))
     print(f"{device_name}, {count / 1e9:.2f} G parameters, copy {rate / 1e12:.2f} TB/s")
+    print(f"member: {member:.1f} ms (limit {member_limit:.1f}), published {member_published:.1f}")
     print(
-        f"member: {1e3 * found['perturb']:.1f} ms (limit {1e3 * found['perturb_limit']:.1f}), published {1e3 * found['published_member']:.1f}"
-    )
-    print(
-        f"step of {POPULATION}: {found['step']:.3f} s (limit {found['step_limit_bytes']:.3f}), published {found['published_step']:.3f}"
+        f"step of {POPULATION}: {found['step']:.3f} s (limit {found['step_limit']:.3f}), "
+        f"published {found['published_step']:.3f}"
     )
     return found
+
+
+def copy_rate() -> float:
+    """Bytes read and written a second in a large copy."""
+    block = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(block)
+    return 2 * block.numel() / seconds(lambda: target.copy_(block))
 
 
 def measure_vllm(layers: int, members: int, lengths: np.ndarray, folder: str) -> dict[str, float]:
