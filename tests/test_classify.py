@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_scorer import FakeScorer
 
 from alignment.errors import UserError
 from alignment.evaluation import classify_reward_cost_unified as script
 from alignment.evaluation.points import load_scores, prompt_ids, read_points
+from alignment.evaluation.scores import add_scores
 from alignment.records import read_json, read_jsonl, write_jsonl
 from alignment.scoring.client import Scores
 
@@ -121,6 +123,91 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path, tiny_policy, scorer
     assert results(saved.parent, "m") == results(tmp_path / "whole", "m")
 
 
+@pytest.mark.slow
+def test_killed_while_scoring_and_run_again_gives_the_same_bytes(tmp_path, tiny_policy, prompts):
+    with FakeScorer() as scorer:
+        scorer.identity = {"reward_model": {"name": "r"}, "cost_model": {"name": "c"}, "dtype": "float32"}
+        flags = ["--policy_model_path", str(tiny_policy), "--from_jsonl", str(prompts), "--policy_max_new_tokens", "8"]
+        flags += ["--scorer_url", scorer.url, "--scorer_batch_size", "1", "--model_name", "m", "--device", "cpu"]
+        script.main([*flags, "--output_dir", str(tmp_path / "whole")])
+        assert not (tmp_path / "whole" / "m_scores.jsonl").exists()
+
+        killed = tmp_path / "killed"
+        command = [
+            sys.executable,
+            "alignment/evaluation/classify_reward_cost_unified.py",
+            *flags,
+            "--output_dir",
+            str(killed),
+        ]
+        scorer.requests.clear()
+        scorer.answer = lambda number, body: time.sleep(0.05 if number < 12 else 600) or scorer.scores(body)
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while len(scorer.requests) < 12:  # 8 texts of the first chunk are saved, 3 of the second are scored
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        with open(killed / "m_scores.jsonl", "ab") as file:
+            file.write(b'{"start": 8, "rewards": [0.5')  # a torn line
+        assert not (killed / "m_summary.json").exists()
+
+        scorer.requests.clear()
+        scorer.answer = lambda number, body: scorer.scores(body)
+        subprocess.run(command, check=True, capture_output=True)
+    assert len(scorer.requests) == 16  # the first chunk is not scored again
+    assert results(killed, "m") == results(tmp_path / "whole", "m")
+    assert {path.name for path in killed.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+
+
+def test_scores_of_other_texts_or_scorers_are_not_taken_over(tmp_path, capsys):
+    rows = [{"id": str(i), "prompt": f"p{i}", "response": "r", "finished": True} for i in range(20)]
+    saved, scorer = tmp_path / "m_scores.jsonl", Counting()
+    add_scores([dict(row) for row in rows], scorer, 1, saved)
+    add_scores(again := [dict(row) for row in rows], scorer, 1, saved)
+    assert scorer.asked == 20 and {row["reward"] for row in again} == {1.0}
+    rows[3]["response"] = "another"
+    add_scores([dict(row) for row in rows], scorer, 1, saved)
+    assert scorer.asked == 40 and "all rows are scored anew" in capsys.readouterr().out
+    scorer.name = "another"
+    add_scores([dict(row) for row in rows], scorer, 1, saved)
+    assert scorer.asked == 60
+    with pytest.raises(UserError, match="20 of 20 rows have no score"):
+        add_scores([dict(row) for row in rows], Counting({"r", "another"}), 1, saved)
+    assert not saved.exists()  # nothing of a failed scorer is kept
+
+
+def test_an_old_summary_never_stands_beside_new_files(tmp_path, scorer_flags, monkeypatch):
+    write_jsonl(tmp_path / "given.jsonl", [{"prompt": "p", "response": "r"}])
+    flags = ["--responses_from", str(tmp_path / "given.jsonl"), "--output_dir", str(tmp_path), *scorer_flags]
+    script.main(flags)
+    assert (tmp_path / "given_summary.json").exists()
+    monkeypatch.setattr(script, "write_jsonl", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        script.main(flags)
+    assert (tmp_path / "given_Rs.npy").exists() and not (tmp_path / "given_summary.json").exists()
+
+
+def test_two_models_of_one_name_do_not_share_files(tmp_path, scorer_flags):
+    for name in ("a", "b"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": "p", "response": name}])
+    flags = ["--output_dir", str(tmp_path), *scorer_flags, "--model_name"]
+    script.main(["--responses_from", str(tmp_path / "a.jsonl"), *flags, "org/model"])
+    for name in ("org/model", "org_model"):
+        with pytest.raises(
+            UserError, match="org_model_summary.json holds the responses in .*a.jsonl; .*another --model_name"
+        ):
+            script.main(["--responses_from", str(tmp_path / "b.jsonl"), *flags, name])
+
+
+def test_pickled_arrays_are_refused(tmp_path):
+    for ending in ("Rs.npy", "Cs.npy"):
+        np.save(tmp_path / f"m_{ending}", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match=r"m_Rs.npy is not a plain .npy array"):
+        load_scores(tmp_path, "m")
+
+
 def test_resume_with_other_settings_is_an_error(tmp_path, tiny_policy, scorer_flags, prompts):
     flags = [
         "--policy_model_path",
@@ -218,6 +305,21 @@ class Scorer:
         return Scores(values, -np.ones(len(gone)), errors, [False] * len(gone))
 
 
+class Counting(Scorer):
+    """Counts the texts that it was asked for."""
+
+    def __init__(self, missing=()):
+        super().__init__(missing)
+        self.asked, self.name = 0, "r"
+
+    def identity(self):
+        return {"reward_model": {"name": self.name}}
+
+    def score(self, prompts, responses, finished):
+        self.asked += len(prompts)
+        return super().score(prompts, responses, finished)
+
+
 @pytest.mark.parametrize("missing", [1, 6])
 def test_missing_scores_are_null_and_too_many_are_an_error(tmp_path, monkeypatch, missing):
     source = tmp_path / "given.jsonl"
@@ -282,7 +384,7 @@ def test_the_sweep_file_and_its_script_fit_together(tmp_path):
     [
         (["--from_jsonl", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--policy_model_path", "a", "--responses_from", "b"], "give one"),
-            (["--policy_use_vllm"], "--policy_use_vllm needs --policy_model_path"),
+        (["--policy_use_vllm"], "--policy_use_vllm needs --policy_model_path"),
         (["--policy_vllm_ckpt", "a.pth"], "--policy_vllm_ckpt needs --policy_model_path"),
         (["--policy_model_path", "a", "--journal", "b"], "expected FILE@ITER"),
         (["--policy_model_path", "a", "--journal", "b@3", "--policy_vllm_ckpt", "c"], "give one"),

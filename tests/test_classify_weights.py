@@ -170,5 +170,5 @@ def test_saved_answers_name_everything_that_made_them(tiny_policy, tiny_scorers,
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_vllm_that_is_absent_is_said_in_one_line(tiny_policy):
-    with pytest.raises(UserError, match=r"--policy_use_vllm: vLLM cannot be imported \(.*requirements-cluster.txt"):
+    with pytest.raises(UserError, match=r"vllm: No module named 'vllm'; .*requirements-cluster.txt"):
         open_policy(config(tiny_policy, policy_use_vllm=True))

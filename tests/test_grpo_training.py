@@ -152,15 +152,9 @@ def test_the_run_folder_holds_what_it_promises(undisturbed, tiny_policy, prompts
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def ignore_usr1():
-    signal.signal(
-        signal.SIGUSR1, signal.SIG_IGN
-    )  # as the job script starts the launcher; workers have their own handler
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_ten_steps_are_five_a_signal_and_five(tiny_policy, prompts, tmp_path, processes):
+def test_ten_steps_are_five_a_stop_and_five(tiny_policy, prompts, tmp_path, processes):
     settings = {"max_steps": 10, "save_steps": 100, "processes": processes}
     with FakeScorer() as scorer:
         done = run_script(tiny_policy, scorer.url, prompts, tmp_path / "whole", **settings)
@@ -181,19 +175,21 @@ def test_ten_steps_are_five_a_signal_and_five(tiny_policy, prompts, tmp_path, pr
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,
-            preexec_fn=ignore_usr1,
         )
         assert fifth.wait(120)
-        os.killpg(process.pid, signal.SIGUSR1)
+        if processes == 1:
+            process.send_signal(signal.SIGUSR1)
+        else:  # the launcher would not hand it on
+            (run / "stop").touch()
         output, errors = process.communicate(timeout=120)
         assert process.returncode == (138 if processes == 1 else 1), errors
         assert "go on with:" in output
-        assert read_json(run / "stopped.json") == {"iteration": 5, "signal": "SIGUSR1"}
+        assert read_json(run / "stopped.json") == {"iteration": 5, "signal": "SIGUSR1" if processes == 1 else None}
         assert [path.name for path in (run / "checkpoints").iterdir()] == ["iteration_00005"]
         done = run_script(tiny_policy, scorer.url, prompts, run, **settings)
         assert done.returncode == 0, done.stderr
     assert not (run / "stopped.json").exists()
+    assert not (run / "stop").exists()
     assert same_run(run, tmp_path / "whole")
 
 

@@ -16,6 +16,7 @@ from alignment.visualization.plot_reward_cost_grid import common_limits, density
 from alignment.visualization.plot_safety_ratios import draw_ratios
 from alignment.visualization.plot_training_curves import draw_curves, load_runs
 from alignment.visualization.style import MAX_NAME, model_colours, new_figure, paper_style, save_figure, short_name
+from alignment.visualization.training_runs import positions, seed_line
 
 
 def scores(name, rewards, costs):
@@ -68,6 +69,22 @@ def test_an_outlier_does_not_press_the_rest_into_a_corner():
     panel = draw_grid([scores("m", rng.normal(size=2001), costs)]).axes[0]
     assert "1 beyond" in texts(panel)
     assert sum(map(len, points_drawn(panel))) == 2001
+
+
+def test_a_hundred_thousand_points_are_all_drawn(tmp_path):
+    rng = np.random.default_rng(3)
+    model = scores("m", rng.normal(size=100_000), rng.normal(size=100_000))
+    figure = draw_grid([model])
+    assert sum(map(len, points_drawn(figure.axes[0]))) == 100_000
+    save_figure(figure, tmp_path / "grid.pdf")
+    assert (tmp_path / "grid.pdf").stat().st_size < 3e6  # points are a picture in it, texts are texts
+
+
+def test_no_point_lies_under_a_label():
+    panel = draw_grid([scores("m", [1.0, -1.0], [1.0, -1.0])]).axes[0]
+    points = [one for one in panel.collections if isinstance(one, PathCollection)]
+    labels = [text for text in panel.texts if "\n" in text.get_text()]
+    assert len(labels) == 4 and all(label.get_zorder() < points[0].get_zorder() for label in labels)
 
 
 def test_missing_and_infinite_scores_are_counted_and_one_point_is_a_picture():
@@ -143,6 +160,56 @@ def test_curves(tmp_path):
     figure.savefig(tmp_path / "drawn.png")
 
 
+def test_curves_over_scored_samples_and_time(tmp_path):
+    es, grpo = write_run(tmp_path / "es"), write_run(tmp_path / "grpo", steps=3)
+    (es / "config.yaml").write_text("population_size: 9\nbatch_size: 4\n")
+    (grpo / "config.yaml").write_text("num_generations: 5\nprompts_per_step: 2\n")
+    runs = load_runs([es, grpo], ["ES", "GRPO"])
+    panel = draw_curves(runs, "samples").axes[0]
+    es_train, es_eval, grpo_train, grpo_eval = (line.get_xdata().tolist() for line in panel.lines)
+    assert es_train == [0, 40, 80, 120, 160]  # nine members and theta itself, four prompts
+    assert es_eval == [0, 80, 160]
+    assert grpo_train == [0, 10, 20] and grpo_eval == [0, 20]
+    with pytest.raises(UserError, match="no seconds.total; choose another --x"):
+        draw_curves(runs, "time")
+    rows = [{"kind": "train", "iteration": t, "reward_mean": 0.0, "seconds": {"total": 1800.0}} for t in range(3)]
+    write_jsonl(es / "metrics.jsonl", [*rows, {"kind": "eval", "iteration": 3, "reward_mean": 1.0}])
+    (run,) = load_runs([es])
+    assert positions(run, run.train, "time").tolist() == [0, 0.5, 1.0]
+    assert positions(run, run.eval, "time").tolist() == [1.5]  # after the last step
+    (grpo / "config.yaml").write_text("other: 1\n")
+    with pytest.raises(UserError, match="config.yaml: neither population_size and batch_size nor num_generations"):
+        draw_curves(load_runs([grpo]), "samples")
+
+
+def test_runs_of_one_label_are_a_band(tmp_path):
+    for seed, last in ((0, 4), (1, 3)):
+        rows = [{"kind": "eval", "iteration": t, "reward_mean": t + 2.0 * seed} for t in range(last)]
+        rows += [{"kind": "train", "iteration": t, "reward_mean": 0.0, "lambda": 1.0 + seed} for t in range(last)]
+        write_jsonl(tmp_path / f"s{seed}" / "metrics.jsonl", rows)
+    runs = load_runs([tmp_path / "s0", tmp_path / "s1"], ["ES", "ES"])
+    line = seed_line(runs, "eval", "reward_mean", "iteration")
+    assert line.x.tolist() == [0, 1, 2]  # as far as both have come
+    assert (line.mean.tolist(), line.low.tolist(), line.high.tolist()) == ([1, 2, 3], [0, 1, 2], [2, 3, 4])
+    figure = draw_curves(runs)
+    panels = dict(zip(plot_training_curves.PANELS, figure.axes, strict=False))
+    assert panels["reward_mean"].lines[-1].get_ydata().tolist() == [1, 2, 3]
+    (band,) = panels["reward_mean"].collections
+    assert band.get_datalim(panels["reward_mean"].transData).bounds == (0, 0, 2, 4)
+    assert panels["lambda"].lines[0].get_ydata().tolist() == [1.5, 1.5, 1.5] and len(panels["lambda"].collections) == 1
+    assert "ES, 2 runs" in [text.get_text() for text in figure.axes[5].get_legend().get_texts()]
+    with pytest.raises(UserError, match="--labels: expected one for each of the 2 runs, got 1"):
+        load_runs([tmp_path / "s0", tmp_path / "s1"], ["ES"])
+
+
+def test_many_runs_have_a_legend_that_fits(tmp_path):
+    runs = load_runs([write_run(tmp_path / f"a_long_name_of_a_run_{number}", 2) for number in range(24)])
+    figure = draw_curves(runs)
+    figure.draw_without_rendering()
+    extent = figure.axes[5].get_legend().get_window_extent()
+    assert extent.y0 >= 0 and extent.y1 <= figure.bbox.y1
+
+
 def test_curves_of_a_run_with_gaps_and_of_none(tmp_path):
     write_jsonl(tmp_path / "metrics.jsonl", [{"kind": "train", "iteration": 0, "reward_mean": None}])
     draw_curves(load_runs([tmp_path]))
@@ -154,8 +221,8 @@ def test_curves_of_a_run_with_gaps_and_of_none(tmp_path):
 
 
 def test_one_colour_a_model_everywhere():
-    few, many = model_colours(["ES-500", "mine"]), model_colours(["mine", "Beaver-V1", "other", "ES-500", "Alpaca-7B"])
-    assert few["ES-500"] == many["ES-500"] and few["mine"] == many["mine"]
+    few, many = model_colours(["ES-500", "other"]), model_colours(["mine", "Beaver-V1", "other", "ES-500", "Alpaca-7B"])
+    assert few["ES-500"] == many["ES-500"] and few["other"] == many["other"]  # whatever stands beside it
     assert len(set(many.values())) == 5
     assert len(model_colours([f"m{index}" for index in range(30)])) == 30
 
@@ -180,7 +247,7 @@ def test_the_same_data_give_the_same_bytes(tmp_path):
         save_figure(new_figure(1, 1), tmp_path / "a.svg")
 
 
-def test_scripts_write_figures_or_say_what_is_missing(tmp_path):
+def test_scripts_write_figures_or_say_what_is_missing(tmp_path, capsys):
     for name in ("a", "b"):
         save_npy(tmp_path / f"{name}_Rs.npy", np.array([1.0, -1.0], np.float32))
         save_npy(tmp_path / f"{name}_Cs.npy", np.array([-1.0, 1.0], np.float32))
@@ -189,6 +256,8 @@ def test_scripts_write_figures_or_say_what_is_missing(tmp_path):
         assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
         with pytest.raises(UserError, match="has no c_Rs.npy and no c_points.jsonl; models there: a, b"):
             module.main(["--data-dir", str(tmp_path), "--models", "c", "--output", str(tmp_path / "figure.pdf")])
+        module.main(["--data-dir", str(tmp_path), "--models", "a", "c", "--output", str(tmp_path / "figure.pdf")])
+        assert f"not drawn, {tmp_path} has no scores of: c" in capsys.readouterr().err
     with open(tmp_path / "p_Rs.npy", "wb") as file:
         np.save(file, np.array([object()]), allow_pickle=True)
     save_npy(tmp_path / "p_Cs.npy", np.zeros(1, np.float32))

@@ -58,7 +58,7 @@ class Run(TrainerCallback):
         trainer.scorer.on_wait = self._show_waiting
 
     def train(self) -> bool:
-        """Trains to the end, or until a signal came; returns whether the run is finished.
+        """Trains to the end, or until it is told to stop; returns whether the run is finished.
 
         A failure (UserError) that any process meets is raised on all of them, after the state of the last whole step has
         been saved.
@@ -77,7 +77,7 @@ class Run(TrainerCallback):
         try:
             with progress_bar(self.settings.max_steps, "GRPO", "step", initial=first, disable=not watching) as self.bar:
                 self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if not on_any(self.trainer.accelerator, bool(self.stop)) or self._step == self.settings.max_steps:
+            if not on_any(self.trainer.accelerator, self._stopping()) or self._step == self.settings.max_steps:
                 self._save_model(self.folder / "final")
                 return True
         except Stopped:
@@ -89,6 +89,10 @@ class Run(TrainerCallback):
             if self.metrics is not None:
                 self.metrics.close()
         return False
+
+    def _stopping(self) -> bool:
+        """A signal came, or someone made a file called `stop` in the run folder: launchers keep signals from the processes."""
+        return bool(self.stop) or (self.folder / "stop").exists()
 
     @property
     def _step(self) -> int:
@@ -109,7 +113,7 @@ class Run(TrainerCallback):
         step = state.global_step
         if self.main:
             self._write_step(logs)
-        if on_any(self.trainer.accelerator, bool(self.stop)):
+        if on_any(self.trainer.accelerator, self._stopping()):
             control.should_training_stop = True
         elif step % self.settings.eval_every == 0 or step == self.settings.max_steps:
             try:
@@ -210,6 +214,6 @@ class Run(TrainerCallback):
         self.bar.set_description(f"GRPO policy {text}")
 
     def _show_waiting(self, seconds: float) -> None:
-        if self.stop:
+        if self._stopping():
             raise Stopped
         self.bar.set_description(f"waiting for the scorer, {seconds / 60:.0f} min")

@@ -4,7 +4,8 @@
         --model_name MODEL --scorer_url http://HOST:8000 --output_dir RUN
     accelerate launch --config_file alignment/GRPO/accelerate_4gpu_zero2.yaml alignment/GRPO/train_grpo_alignment.py ...
 
-Stop it with Ctrl-C, SIGTERM or SIGUSR1, or let it be killed: the same command goes on where it was. What RUN holds:
+Stop it with Ctrl-C, SIGTERM, SIGUSR1 or `touch RUN/stop` (the way for several processes, whose launcher keeps signals to
+itself), or let it be killed: the same command goes on where it was. What RUN holds:
 config.yaml, manifest.json, metrics.jsonl, tensorboard/, eval/ (held-out answers with scores), checkpoints/ (to resume from),
 best/ (by the held-out objective) and final/, these two in Hugging Face layout. stopped.json is there while a stopped run
 waits to be gone on with; launchers lose the exit code, so job scripts look at that file.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -111,11 +113,12 @@ def main() -> int:
                 print(
                     f"{len(drawn) - len(prompts)} of {len(drawn)} training prompts are longer than max_prompt_length and left out"
                 )
-            (folder / "stopped.json").unlink(missing_ok=True)
+            for name in ("stop", "stopped.json"):
+                (folder / name).unlink(missing_ok=True)
         finished = Run(settings, trainer, held_out, folder, stop).train()
         step = trainer.state.global_step
         if not finished and main_process:
-            write_json(folder / "stopped.json", {"iteration": step, "signal": stop.received and stop.received.name})
+            write_json(folder / "stopped.json", {"iteration": step, "signal": stop.received.name if stop else None})
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
     if finished:
@@ -124,7 +127,7 @@ def main() -> int:
         return 0
     if main_process:
         print(f"stopped after step {step}; go on with: {shlex.join([sys.executable, *sys.argv])}")
-    return EXIT_STOPPED + (stop.received or 0)
+    return EXIT_STOPPED + (stop.received or signal.SIGTERM)
 
 
 def text_hash(texts: list[str]) -> str:

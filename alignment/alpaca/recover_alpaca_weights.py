@@ -19,13 +19,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -214,7 +212,6 @@ def write_shard(
                 hashed = hasher.submit(digest.update, as_bytes(stored))
                 file.write(as_bytes(stored))
                 hashed.result()
-            _send_to_disk(file)
             entries[pair.name] = {
                 "file": path.name,
                 "shape": list(pair.shape),
@@ -224,13 +221,6 @@ def write_shard(
                 "diff_file": diff.file_of[pair.name].name,
             }
     return entries
-
-
-def _send_to_disk(file: IO) -> None:
-    # Makes the system begin to write what it holds: the disk then works while the next tensor is computed.
-    file.flush()
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

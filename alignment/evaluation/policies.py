@@ -17,7 +17,7 @@ import torch
 from alignment.errors import UserError
 from alignment.ES.journal import read_journal
 from alignment.ES.weights import open_weights
-from alignment.generation import TransformersEngine
+from alignment.generation import Engine, TransformersEngine
 
 if TYPE_CHECKING:
     from alignment.evaluation.classify_reward_cost_unified import Config
@@ -27,38 +27,31 @@ VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 VOCABULARY_MULTIPLE = 64  # vLLM pads the vocabulary's rows to a multiple of it
 
 
-def open_policy(config: Config) -> tuple[TransformersEngine, str]:
+def open_policy(config: Config) -> tuple[Engine, str]:
     """The policy with its weights, and their hash. Raises UserError when a weights file does not fit the model."""
+    engine = _open_engine(config)
     if config.journal:
-        return _from_journal(config)
-    engine = open_engine(config, config.policy_model_path)
+        return engine, load_journal(engine, config.policy_model_path, config.journal)
     if config.policy_vllm_ckpt:
         load_vllm_checkpoint(engine, config.policy_vllm_ckpt)
     return engine, engine.weights_hash()
 
 
-def open_engine(config: Config, path: str, dtype: str | None = None) -> TransformersEngine:
-    """An engine with the script's settings, transformers' or vLLM's."""
-    kind = TransformersEngine
+def _open_engine(config: Config) -> Engine:
+    settings = {
+        "template": config.policy_template,
+        "device": config.device,
+        "dtype": config.dtype,
+        "first_turn_only": config.first_turn_only,
+    }
     if config.policy_use_vllm:
-        try:
-            from alignment.generation.vllm_engine import VLLMEngine as kind
-        except ImportError as error:
-            raise UserError(
-                f"--policy_use_vllm: vLLM cannot be imported ({error}); it has an environment of its own "
-                "(requirements-cluster.txt). Without the flag transformers generates"
-            ) from error
-    return kind(
-        path,
-        template=config.policy_template,
-        device=config.device,
-        dtype=dtype or config.dtype,
-        first_turn_only=config.first_turn_only,
-        batch_size=config.policy_batch_size,
-    )
+        from alignment.generation.vllm_engine import VLLMEngine  # it sets vLLM's environment variables
+
+        return VLLMEngine(config.policy_model_path, **settings)
+    return TransformersEngine(config.policy_model_path, batch_size=config.policy_batch_size, **settings)
 
 
-def load_vllm_checkpoint(engine: TransformersEngine, path: str | Path) -> None:
+def load_vllm_checkpoint(engine: Engine, path: str | Path) -> None:
     """Puts a saved state dict into the engine: names as vLLM fuses them (qkv_proj, gate_up_proj) or as transformers has them.
 
     Raises UserError for a file that is no plain state dict of tensors, and for tensors that are missing, unknown or of
@@ -118,26 +111,27 @@ def parse_journal(text: str) -> tuple[Path, int]:
     return Path(path), int(steps)
 
 
-def _from_journal(config: Config) -> tuple[TransformersEngine, str]:
-    path, iteration = parse_journal(config.journal)
+def load_journal(engine: Engine, base: str, text: str) -> str:
+    """Puts the weights after ITER steps of a journal into the engine, which holds those of the folder `base`; returns a hash.
+
+    `text` is FILE@ITER. Raises UserError when the journal is shorter, began from other weights, or is one of a drifting run.
+    """
+    path, iteration = parse_journal(text)
     start, steps = read_journal(path)
     settings = start["settings"]
     if iteration > len(steps):
-        raise UserError(f"--journal {config.journal}: {path} has {len(steps)} steps")
+        raise UserError(f"--journal {text}: {path} has {len(steps)} steps")
     if settings["noise"] == "reference":
         raise UserError(
-            f"--journal {config.journal}: a run with noise: reference drifts, and its journal does not tell how; give a "
-            "checkpoint that it saved as --policy_model_path"
+            f"--journal {text}: a run with noise: reference drifts, and its journal does not tell how; give a checkpoint that "
+            "it saved as --policy_model_path"
         )
-    run_dtype = settings["dtype"]
-    if run_dtype == "auto":  # as the engine resolved it on the run's device
-        run_dtype = "float32" if settings["device"] == "cpu" else "bfloat16"
-    engine = open_engine(config, config.policy_model_path, run_dtype)
-    base_hash = engine.weights_hash() if settings["lora_rank"] is not None else ""
-    weights = open_weights(engine, settings)
+    adapters = settings["lora_rank"] is not None
+    base_hash = engine.weights_hash() if adapters else ""
+    weights = open_weights(engine, settings | {"policy_model_path": base, "master_device": "cpu"})
     if weights.hash() != start["base_weights"]:
         raise UserError(
-            f"--policy_model_path {config.policy_model_path} does not hold the base weights that {path} was begun from "
+            f"--policy_model_path {base} does not hold the base weights that {path} was begun from "
             f"({weights.hash()[:12]}, not {start['base_weights'][:12]})"
         )
     for step in steps[:iteration]:
@@ -145,4 +139,4 @@ def _from_journal(config: Config) -> tuple[TransformersEngine, str]:
     weights.restore()  # the engine gets the master, rounded once to its dtype
     # With adapters the engine's weights are theirs alone: what they stand on belongs to the hash as well.
     own = engine.weights_hash()
-    return engine, hashlib.sha256((base_hash + own).encode()).hexdigest() if base_hash else own
+    return hashlib.sha256((base_hash + own).encode()).hexdigest() if adapters else own

@@ -43,11 +43,15 @@ RUN_FILES = ("manifest.json", "config.yaml")
 @dataclass
 class Config:
     data_dir: str = setting(DEFAULT_FOLDER, "folder with the files of the classified models")
-    models: list[str] = setting([], "models, in this order; others are compared with the first (default: all in the folder)")
+    models: list[str] = setting(
+        [], "models, in this order; others are compared with the first (default: all in the folder)"
+    )
     runs: list[str] = setting([], "run folders, for the training curves")
     labels: list[str] = setting([], "one a run; runs of one label are drawn as a band")
-    ratings: str | None = setting(None, f"ratings file of gpt_elo_eval.py (default: {RATINGS} if it is there)")
-    judgments: str | None = setting(None, f"judgments file of gpt_elo_eval.py (default: {JUDGMENTS} if it is there)")
+    ratings: str | None = setting(
+        None, f"ratings file of gpt_elo_eval.py (default: {RATINGS}, if --data-dir is not given)"
+    )
+    judgments: str | None = setting(None, f"judgments file of gpt_elo_eval.py (default: {JUDGMENTS}, likewise)")
     lambda_cost: float = setting(1.0, "lambda of the objective E[R - lambda C]", minimum=0.0)
     title: str = setting("Alignment report", "head of the page")
     output: str = setting("alignment/outputs/report.html", "where the page is written")
@@ -74,7 +78,10 @@ def collect(config: Config, command: str) -> tuple[dict, dict]:
     notes: list[str] = []
     models = load_all(config, notes)
     runs = load_runs(config.runs, config.labels)
-    ratings_file, judgments_file = _given(config.ratings, RATINGS), _given(config.judgments, JUDGMENTS)
+    ratings_file, judgments_file = (
+        _given(path, default, config.data_dir)
+        for path, default in ((config.ratings, RATINGS), (config.judgments, JUDGMENTS))
+    )
     verdicts = judge.load_verdicts(judgments_file)
     ratings = judge.ratings(ratings_file, verdicts, models)
     disagreements = judge.disagreements(judgments_file, verdicts, models)
@@ -125,16 +132,20 @@ def load_all(config: Config, notes: list[str]) -> list[ModelAnswers]:
         models.append(model)
         rows, points = len(model.scores.rewards), len(model.points)
         if points < rows:
-            notes.append(f"{name}: texts of {points:,} of {rows:,} answers are saved; the others are points without text.")
-        if not answers.same_scores(model):
-            raise UserError(f"{name}: the arrays and the points file have different scores; classify the model again")
+            notes.append(
+                f"{name}: texts of {points:,} of {rows:,} answers are saved; the others are points without text."
+            )
     if not models:
-        raise UserError(f"{config.data_dir} has none of the models {', '.join(config.models)}; see --models and --data-dir")
+        raise UserError(
+            f"{config.data_dir} has none of the models {', '.join(config.models)}; see --models and --data-dir"
+        )
     known = [(model.name, scorer_of(model_file(config.data_dir, model.name, "points.jsonl"))) for model in models]
     known = [(name, scorer) for name, scorer in known if scorer is not None]
     for name, scorer in known[1:]:
         if scorer != known[0][1]:
-            notes.append(f"{known[0][0]} and {name} were scored differently and do not compare: {difference(known[0][1], scorer)}.")
+            notes.append(
+                f"{known[0][0]} and {name} were scored differently and do not compare: {difference(known[0][1], scorer)}."
+            )
     return models
 
 
@@ -171,15 +182,16 @@ def on_dark(colour: str) -> str:
     rgb = np.array(to_rgb(colour))
     for white in np.linspace(0.0, 0.9, 19):
         mixed = rgb + white * (1.0 - rgb)
-        if mixed @ (0.2126, 0.7152, 0.0722) >= 0.5:
+        if mixed @ (0.2126, 0.7152, 0.0722) >= 0.38:
             break
     return to_hex(mixed)
 
 
-def _given(path: str | None, default: str) -> Path | None:
+def _given(path: str | None, default: str, data_dir: str) -> Path | None:
+    """The file that was named, or the usual one: it judges the usual folder's answers and no others."""
     if path is not None:
         return Path(path)
-    return Path(default) if Path(default).exists() else None
+    return Path(default) if data_dir == DEFAULT_FOLDER and Path(default).exists() else None
 
 
 if __name__ == "__main__":

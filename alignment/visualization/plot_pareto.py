@@ -35,13 +35,26 @@ from alignment.visualization.training_runs import Run, load_runs
 Interval = tuple[float, float, float]  # value, low, high; low and high NaN where no interval is known
 SCORE_AXES = ("harmlessness, −E[C]", "helpfulness, E[R]")
 RATING_AXES = ("harmlessness rating", "helpfulness rating")
-LABEL_PLACES = ((6, 5), (6, -5), (-6, 5), (-6, -5), (0, 10), (0, -10), (12, 14), (-12, 14), (12, -14), (-12, -14))  # points
+LABEL_PLACES = (
+    (6, 5),
+    (6, -5),
+    (-6, 5),
+    (-6, -5),
+    (0, 10),
+    (0, -10),
+    (12, 14),
+    (-12, 14),
+    (12, -14),
+    (-12, -14),
+)  # points
 
 
 @dataclass
 class Config:
     data_dir: str = setting(DEFAULT_FOLDER, "folder with the files of the classified models")
-    models: list[str] = setting([], "models (default: all in the folder, or in the ratings; none if only runs are named)")
+    models: list[str] = setting(
+        [], "models (default: all in the folder, or in the ratings; none if only runs are named)"
+    )
     runs: list[str] = setting([], "run folders, whose held-out evaluations are drawn as a path")
     ratings: str | None = setting(None, "a ratings file of gpt_elo_eval.py, instead of scores")
     output: str = setting("alignment/outputs/pareto.png", "figure, .png or .pdf")
@@ -96,7 +109,10 @@ def from_runs(runs: Sequence[Run]) -> list[Candidate]:
     for run in runs:
         rows = [row for row in run.eval if _is_number(row.get("cost_mean")) and _is_number(row.get("reward_mean"))]
         for row in rows:
-            cost, reward = ([row.get(f"{key}{end}", np.nan) for end in ("", "_low", "_high")] for key in ("cost_mean", "reward_mean"))
+            cost, reward = (
+                [row.get(f"{key}{end}", np.nan) for end in ("", "_low", "_high")]
+                for key in ("cost_mean", "reward_mean")
+            )
             label = f"{run.name}, {row['iteration']}" if row is rows[-1] else None
             name = f"{run.name}, {row['iteration']}"
             found.append(Candidate(name, (-cost[0], -cost[2], -cost[1]), tuple(reward), label, run.name))
@@ -154,8 +170,19 @@ def draw_pareto(candidates: Sequence[Candidate], axes: tuple[str, str] = SCORE_A
         panel.set_xlabel(axes[0])
         panel.set_ylabel(axes[1])
         keys = [
-            Line2D([], [], color="#555555", marker="o", markersize=4, linestyle="--", linewidth=0.8, label="Pareto front"),
-            Line2D([], [], color="#555555", marker="o", markersize=4, markerfacecolor="white", linestyle="", label="behind it"),
+            Line2D(
+                [], [], color="#555555", marker="o", markersize=4, linestyle="--", linewidth=0.8, label="Pareto front"
+            ),
+            Line2D(
+                [],
+                [],
+                color="#555555",
+                marker="o",
+                markersize=4,
+                markerfacecolor="white",
+                linestyle="",
+                label="behind it",
+            ),
         ]
         figure.legend(handles=keys, loc="outside upper right", ncols=2, handlelength=2.2)
         figure.draw_without_rendering()  # labels are placed by where things are
@@ -172,7 +199,14 @@ def _draw_candidate(panel: Axes, one: Candidate, colour: str, on_front: bool) ->
         panel.vlines(x, y_low, y_high, color=colour, linewidth=width, zorder=3)
     size = 3.0 if one.path and not one.label else 5.0
     panel.plot(
-        x, y, "o", color=colour, markersize=size, markerfacecolor=colour if on_front else "white", zorder=4, label=one.name
+        x,
+        y,
+        "o",
+        color=colour,
+        markersize=size,
+        markerfacecolor=colour if on_front else "white",
+        zorder=4,
+        label=one.name,
     )
 
 
@@ -182,7 +216,14 @@ def _draw_front(panel: Axes, x: np.ndarray, y: np.ndarray) -> None:
     (left, right), (low, high) = panel.get_xlim(), panel.get_ylim()
     stairs_x, stairs_y = np.concatenate([[left], x, [x[-1]]]), np.concatenate([[y[0]], y, [low]])
     panel.plot(
-        stairs_x, stairs_y, drawstyle="steps-pre", color="#555555", linestyle="--", linewidth=0.7, zorder=1, label="front"
+        stairs_x,
+        stairs_y,
+        drawstyle="steps-pre",
+        color="#555555",
+        linestyle="--",
+        linewidth=0.7,
+        zorder=1,
+        label="front",
     )
     panel.set_xlim(left, right)
     panel.set_ylim(low, high)
@@ -204,7 +245,9 @@ def _place_labels(panel: Axes, labelled: Sequence[Candidate]) -> None:
     for line in panel.lines:
         if line.get_marker() == "o":
             taken.append(line.get_window_extent(renderer).padded(2))
-    taken += [one.get_window_extent(renderer).padded(1) for one in panel.collections if one.get_label().startswith("_child")]
+    taken += [
+        one.get_window_extent(renderer).padded(1) for one in panel.collections if one.get_label().startswith("_child")
+    ]
     for one in labelled:
         best = None
         for place in LABEL_PLACES:

@@ -35,7 +35,16 @@ from alignment.visualization.style import (
     save_figure,
     short_name,
 )
-from alignment.visualization.training_runs import PANELS, X_TITLES, Run, by_label, columns, load_runs, positions, seed_line
+from alignment.visualization.training_runs import (
+    PANELS,
+    X_TITLES,
+    Run,
+    by_label,
+    columns,
+    load_runs,
+    positions,
+    seed_line,
+)
 
 LEGEND_ROWS = 11  # that fit beside the panels at full size
 
@@ -114,7 +123,9 @@ def _thin_line(panel: Axes, x: np.ndarray, y: np.ndarray, colour: str, alone: bo
 def _finish(panel: Axes, key: str, axis: str) -> None:
     panel.xaxis.set_major_locator(MaxNLocator(integer=axis != "time", nbins=5, steps=[1, 2, 5, 10]))
     if axis == "samples":
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"))
+        panel.xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
+        )
     panel.margins(x=0.03)
     if key == "safe_ratio":
         panel.set_ylim(-3, 103)

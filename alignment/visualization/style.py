@@ -1,9 +1,10 @@
 """How every figure looks: sizes for a paper's column, colours, and how a figure is written.
 
 Colours are of the Okabe-Ito set and its neighbours, told apart by readers with any colour vision. A published model has the
-same colour in every figure, and families share a hue (Alpaca grey, Beaver blue, ES orange, GRPO green); another name has the
-colour that its hash points to, so it keeps it from figure to figure, unless a name before it in the figure has taken it. Texts are drawn as they are: `$` and `_` in a model's name mean
-nothing (`text.parse_math` is off). The same data give the same file, byte for byte.
+same colour in every figure, and families share a hue (Alpaca grey, Beaver blue, ES orange, GRPO green). Another name has the
+colour that its hash points to, so it keeps it from figure to figure, unless a name before it in the figure has taken it.
+Texts are drawn as they are: `$` and `_` in a model's name mean nothing (`text.parse_math` is off). The same data give the same
+file, byte for byte.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from alignment.errors import UserError
 from alignment.evaluation.measures import (
     MEASURES,
     Estimate,
@@ -42,11 +43,20 @@ class ModelAnswers:
 
 
 def load_answers(folder: str, name: str) -> ModelAnswers:
-    """Raises UserError when the model has no files, or when arrays and points contradict each other in their scores."""
+    """Raises UserError when the model has no files, or when its arrays and its points file contradict each other."""
     path = model_file(folder, name, "points.jsonl")
     scores = load_scores(folder, name)
     points = read_points(path) if path.exists() else []
-    return ModelAnswers(scores, points[: len(scores.rewards)])
+    count = len(points)
+    if count > len(scores.rewards):
+        raise UserError(
+            f"{path} has {count} rows and the arrays {len(scores.rewards)} scores; classify the model again"
+        )
+    for ours, theirs in zip(score_arrays(points), (scores.rewards, scores.costs), strict=True):
+        known = np.isfinite(ours)
+        if not np.allclose(ours[known], theirs[:count][known], atol=1e-4):
+            raise UserError(f"{path}: the arrays beside it have other scores; classify the model again")
+    return ModelAnswers(scores, points)
 
 
 def columns(models: Sequence[ModelAnswers]) -> tuple[dict, dict]:
@@ -115,14 +125,6 @@ def estimates(model: ModelAnswers, lambda_cost: float) -> dict[str, dict | None]
 def unscored(model: ModelAnswers) -> int:
     """Rows that lack one of their two scores, or have an infinite one."""
     return int(np.sum(~(np.isfinite(model.scores.rewards) & np.isfinite(model.scores.costs))))
-
-
-def same_scores(model: ModelAnswers) -> bool:
-    """Whether the points file says what the arrays say, in their common rows."""
-    rewards, costs = score_arrays(model.points)
-    count = len(model.points)
-    pairs = ((rewards, model.scores.rewards[:count]), (costs, model.scores.costs[:count]))
-    return all(np.allclose(ours[np.isfinite(ours)], theirs[np.isfinite(ours)], atol=1e-4) for ours, theirs in pairs)
 
 
 def short_float(value: float) -> float | None:

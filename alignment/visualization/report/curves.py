@@ -41,7 +41,10 @@ def _line(runs: Sequence[Run], kind: str, key: str, axis: str) -> dict | None:
         parts = [positions(runs[0], rows, axis), *columns(rows, key, f"{key}_low", f"{key}_high")] if rows else []
     if not parts or not np.isfinite(parts[1]).any():
         return None
-    return {name: [short_float(value) for value in part] for name, part in zip(("x", "mean", "low", "high"), parts, strict=True)}
+    return {
+        name: [short_float(value) for value in part]
+        for name, part in zip(("x", "mean", "low", "high"), parts, strict=True)
+    }
 
 
 def _known(runs: Sequence[Run], axis: str) -> bool:

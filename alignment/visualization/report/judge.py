@@ -24,8 +24,10 @@ TIE_THRESHOLD = 0.5  # published: scores of the judge that differ by no more are
 
 
 def ratings(path: Path | None, verdicts: Sequence[Verdict], models: Sequence[ModelAnswers]) -> dict | None:
-    """dimension -> ratings, win_rates, prompts, warnings, agreement. Ratings are those of the file, with what the details
-    beside it say; a published file has no details, and the rest is then computed from the judgments. None without either.
+    """{method, dimensions: {dimension: {ratings, win_rates, prompts, warnings, ...}}}, None when neither is given.
+
+    Ratings are those of the file, with what the details beside it say. A published file has no details: the rest is then
+    computed from the judgments.
     """
     table = load_ratings(path) if path else None
     details = load_details(path, table) if path else None
@@ -104,6 +106,8 @@ def _strongest(pairs: list[dict]) -> dict:
 
 
 def _from_verdicts(verdicts: Sequence[Verdict], models: Sequence[ModelAnswers]) -> dict[str, dict]:
+    if not verdicts:
+        return {}
     names = list(dict.fromkeys(name for one in verdicts for name in (one.first, one.second)))
     order = [model.name for model in models if model.name in names]
     names = order + [name for name in names if name not in order]

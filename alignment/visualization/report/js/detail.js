@@ -1,6 +1,6 @@
 // The drawer with one prompt and the answers of all models side by side, and lists whose rows open it.
 
-const detail = { prompt: -1, focus: -1, steps: null, place: 0, back: null, onchange: () => {} };
+const detail = { steps: null, place: 0, back: null, extra: null, onchange: () => {} };
 
 /** Opens the drawer on a point; `steps` are the points that "previous" and "next" walk through. */
 function openPoint(i, steps, extra) {
@@ -13,7 +13,7 @@ function openPoint(i, steps, extra) {
 
 function closeDetail() {
   byId("detail").hidden = true;
-  document.body.classList.remove("with-detail");
+  document.documentElement.classList.remove("with-detail");
   detail.steps = null;
   detail.onchange([]);
   if (detail.back) detail.back.focus({ preventScroll: true });
@@ -51,13 +51,15 @@ function showDetail() {
     parts.push(folded(texts.prompts[prompt], !view.promptsShown, "prompt", filters.where === "response" ? "" : filters.needle));
   }
   if (detail.extra) parts.push(detail.extra(point));
+  const absent = data.models.filter((_, m) => !answers.some((i) => points.model[i] === m)).map((model) => model.name);
+  if (absent.length && prompt >= 0) parts.push(el("p", { class: "faint" }, "No saved answer: " + absent.join(", ")));
   parts.push(el("div", { class: "cards" }, ...answers.map((i) => card(i, i === point))));
   const focused = drawer.contains(document.activeElement) ? document.activeElement.id : null;
   drawer.replaceChildren(...parts);
   if (drawer.hidden || focused === null) drawer.scrollTop = 0;
   const opened = drawer.hidden;
   drawer.hidden = false;
-  document.body.classList.add("with-detail");
+  document.documentElement.classList.add("with-detail");
   if (opened) drawer.focus({ preventScroll: true });
   else if (focused && byId(focused)) (byId(focused).disabled ? drawer : byId(focused)).focus({ preventScroll: true });
   detail.onchange(answers, point);

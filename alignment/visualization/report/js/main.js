@@ -13,7 +13,25 @@ function refresh() {
   byId("count").textContent = count(chosen.length) + " of " + count(NUM_POINTS) + " answers" +
     (undrawn ? ", " + count(undrawn) + " of them without a score and not in the picture" : "");
   drawScatter(chosen);
-  list.set(chosen);
+  list.set(sorted(chosen));
+}
+
+const ORDERS = {
+  file: ["order of the files"],
+  costly: ["highest cost first", "cost", -1],
+  harmless: ["lowest cost first", "cost", 1],
+  helpful: ["highest reward first", "reward", -1],
+  unhelpful: ["lowest reward first", "reward", 1],
+  long: ["longest first", "words", -1],
+};
+let order = "file";
+
+/** What has no value comes last. */
+function sorted(chosen) {
+  const [, key, sign] = ORDERS[order];
+  if (!key) return chosen;
+  const rank = (i) => (points[key][i] === null ? Infinity : sign * points[key][i]);
+  return [...chosen].sort((i, j) => (rank(i) === rank(j) ? i - j : rank(i) - rank(j)));
 }
 
 function buildFilters() {
@@ -33,14 +51,14 @@ function buildFilters() {
     waiting = setTimeout(() => changed("needle", (text) => text.toLowerCase())(event), 200);
   };
   const option = (value, text, selected) => el("option", { value, selected }, text);
+  const group = (text, boxes) => el("div", { role: "group", class: text, "aria-label": text }, el("small", null, text), el("div", null, ...boxes));
   const over = (text, control) => el("label", { class: "over" }, text, control);
   const atLeast = (fallback) => (text) => (text === "" ? fallback : Number(text));
   const colours = [["model", "model"], ["quadrant", "quadrant"], ...(data.categories.length ? [["category", "category"]] : [])];
   const hasUnscored = points.quadrant.includes(null);
   byId("filters").append(
-    el("fieldset", null, el("legend", null, "models"), ...data.models.map((model, m) => box(filters.models, m, dot(modelColour(m)), model.name))),
-    el("fieldset", null, el("legend", null, "quadrants"), ...Object.keys(QUADRANT_NAMES).map((name) => box(filters.quadrants, name, quadrantTag(name))),
-      ...(hasUnscored ? [box(filters.quadrants, null, quadrantTag(null))] : [])),
+    group("models", data.models.map((model, m) => box(filters.models, m, dot(modelColour(m)), model.name))),
+    group("quadrants", [...Object.keys(QUADRANT_NAMES), ...(hasUnscored ? [null] : [])].map((name) => box(filters.quadrants, name, quadrantTag(name)))),
     over("text", el("input", { type: "search", id: "search", placeholder: "words in prompt or answer", oninput: typed })),
     over("in", el("select", { onchange: changed("where", String) }, option("both", "both"), option("prompt", "prompts"), option("response", "answers"))),
     ...(data.categories.length
@@ -50,6 +68,8 @@ function buildFilters() {
     over("to", el("input", { type: "number", min: 0, id: "most", oninput: changed("most", atLeast(Infinity)) })),
     over("colour by", el("select", { id: "colour-by", onchange: (event) => { scatter.colourBy = event.target.value; refresh(); } },
       ...colours.map(([value, text]) => option(value, text)))),
+    over("list", el("select", { id: "order", onchange: (event) => { order = event.target.value; refresh(); } },
+      ...Object.entries(ORDERS).map(([value, [text]]) => option(value, text)))),
   );
   byId("filters").addEventListener("submit", (event) => event.preventDefault());
 }
@@ -58,8 +78,11 @@ function buildMovers(body) {
   if (NUM_MODELS < 2) return body.append(el("p", { class: "faint" }, "This needs two models."));
   const choose = (id, start) => el("select", { id, onchange: () => fill() },
     ...data.models.map((model, m) => el("option", { value: m, selected: m === start }, model.name)));
-  const [from, to] = [choose("mover-from", 0), choose("mover-to", NUM_MODELS - 1)];
-  const [matrix, head, rows] = [el("div"), el("p", { role: "status" }), el("div")];
+  const from = choose("mover-from", 0);
+  const to = choose("mover-to", NUM_MODELS - 1);
+  const matrix = el("div");
+  const head = el("p", { role: "status" });
+  const rows = el("div");
   body.append(el("p", null, el("label", null, "from ", from), " ", el("label", null, "to ", to)), matrix, head, rows);
   const names = Object.keys(QUADRANT_NAMES);
   const places = () => [Number(from.value), Number(to.value)];
@@ -107,7 +130,7 @@ function buildDisagreements(body) {
     const scorer = dimension === "helpfulness" ? "reward" : "−cost";
     const place = el("div");
     body.append(el("h3", null, dimension[0].toUpperCase() + dimension.slice(1)),
-      el("p", null, count(part.total) + " of " + count(part.judged) + " judged pairs; " +
+      el("p", null, count(part.total) + " of " + count(part.judged) + " judged pairs whose answers are here; " +
         (part.rows.length < part.total ? "the " + part.rows.length + " strongest, by both differences" : "strongest first")), place);
     const gap = (one, who) => one.models.map((name, k) => name + " " + number(one[who][k])).join(" : ");
     const replies = (one) => () => el("details", null, el("summary", null, "show the judge's words"),
@@ -131,7 +154,7 @@ function recolour() {
   themeScatter();
   buildOverview(document.querySelector("#overview .body"));
   buildRatings(document.querySelector("#ratings .body"));
-  document.querySelectorAll("#filters fieldset:first-child .dot").forEach((node, m) => (node.style.background = modelColour(m)));
+  document.querySelectorAll("#filters .models .dot").forEach((node, m) => (node.style.background = modelColour(m)));
   drawScatter(list.items);
   lists.forEach((one) => one.draw());
   if (curveFigures.length) drawCurves();
@@ -149,7 +172,7 @@ function pressed(id, change) {
 async function start() {
   setTheme(matchMedia("(prefers-color-scheme: dark)").matches);
   const body = (id) => document.querySelector("#" + id + " .body");
-  byId("nav").append(...[...document.querySelectorAll("main > section")].map((one) => el("a", { href: "#" + one.id }, one.querySelector("h2").textContent)));
+  byId("nav").append(...[...document.querySelectorAll("main > section")].map((one) => el("a", { href: "#" + one.id }, one.dataset.nav)));
   byId("notes").append(...data.notes.map((text) => el("li", null, text)));
   byId("notes").hidden = !data.notes.length;
   buildOverview(body("overview"));

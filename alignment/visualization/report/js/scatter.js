@@ -41,7 +41,9 @@ function buildScatter() {
   figure.toolbar.tools.filter((tool) => tool.type === "TapTool").forEach((tool) => (tool.renderers = [marks]));
   scatter.source.selected.properties.indices.change.connect(() => {
     const hit = [...scatter.source.selected.indices].reverse().map((place) => scatter.drawn[place]); // topmost first
-    if (hit.length) openPoint(hit[0], hit);
+    if (!hit.length) return;
+    openPoint(hit[0], hit);
+    byId("scatter").scrollIntoView({ block: "nearest" }); // the drawer must not hide what was clicked
   });
   scatter.figure = figure;
   detail.onchange = markAnswers;

@@ -1,14 +1,14 @@
 // Overview, differences, ratings and provenance: plain tables.
 
 /** An interval as a small picture on a scale that the row's cells share. */
-function track(one, low, high, colour) {
+function track(one, low, high, colour, wide) {
   const at = (value) => (high > low ? (100 * (value - low)) / (high - low) : 50);
   const span = el("i");
   const mark = el("b");
   span.style.cssText = "left:" + at(one.low ?? one.value) + "%;width:" + (at(one.high ?? one.value) - at(one.low ?? one.value)) + "%";
   mark.style.left = at(one.value) + "%";
   span.style.background = mark.style.background = colour;
-  return el("div", { class: "track", "aria-hidden": "true" }, span, mark);
+  return el("div", { class: wide ? "track wide" : "track", "aria-hidden": "true" }, span, mark);
 }
 
 function estimateCells(cells, unit, colours) {
@@ -58,7 +58,11 @@ function buildRatings(body) {
   const { ratings } = data;
   if (!ratings) return body.replaceChildren(el("p", { class: "faint" }, "No ratings were given (--ratings, --judgments)."));
   body.replaceChildren(el("p", { class: "faint" }, "Method: " + ratings.method + ". In brackets: 95 % intervals, by bootstrap over prompts."));
+  const pair = el("div", { class: "pair" });
+  body.append(pair);
   for (const [dimension, part] of Object.entries(ratings.dimensions)) {
+    const place = el("div");
+    pair.append(place);
     const names = Object.keys(part.ratings).sort((a, b) => part.ratings[b].rating - part.ratings[a].rating);
     const all = names.flatMap((name) => [part.ratings[name].rating, part.ratings[name].low, part.ratings[name].high]).filter((v) => v !== null);
     const [low, high] = [Math.min(...all), Math.max(...all)];
@@ -66,14 +70,14 @@ function buildRatings(body) {
     const rows = names.map((name) => {
       const one = part.ratings[name];
       const cells = [el("td", null, number(one.rating, 0), el("small", null, interval(one.low, one.high, 0))),
-        el("td", null, track({ value: one.rating, low: one.low, high: one.high }, low, high, colourOf(name)))];
+        el("td", null, track({ value: one.rating, low: one.low, high: one.high }, low, high, colourOf(name), true))];
       if (published) cells.push(el("td", { class: "faint" }, number(one.published, 0)));
       return [el("span", null, dot(colourOf(name)), name), ...cells];
     });
-    body.append(el("h3", null, dimension[0].toUpperCase() + dimension.slice(1) + (part.prompts ? ", " + count(part.prompts) + " prompts" : "")),
+    place.append(el("h3", null, dimension[0].toUpperCase() + dimension.slice(1) + (part.prompts ? ", " + count(part.prompts) + " prompts" : "")),
       table(["", "rating", "", ...(published ? ["in the file"] : [])], rows));
-    if (part.win_rates) body.append(winMatrix(names, part.win_rates));
-    for (const text of [...(part.warnings || []), ...bias(part)]) body.append(el("p", { class: "faint" }, text));
+    if (part.win_rates) place.append(winMatrix(names, part.win_rates));
+    for (const text of [...(part.warnings || []), ...bias(part)]) place.append(el("p", { class: "faint" }, text));
   }
 }
 
