@@ -13,7 +13,7 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 from tqdm import tqdm
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 from trl.models import unwrap_model_for_generation
 
 from alignment.errors import UserError
@@ -52,7 +52,6 @@ class Run(TrainerCallback):
         self.settings, self.trainer, self.held_out, self.folder, self.stop = settings, trainer, held_out, folder, stop
         self.main = trainer.accelerator.is_main_process
         self.checkpoints = folder / "checkpoints"
-        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self)
         trainer.phase = self._show_phase
         trainer.scorer.on_wait = self._show_waiting

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from alignment.errors import UserError
@@ -76,6 +76,7 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
             processing_class=engine.tokenizer,
             peft_config=peft_config,
         )
+        self.remove_callback(PrinterCallback)  # metrics.jsonl has what it would print
         self.add_callback(_SkipEmptySteps(self))
         engine.model, engine.device = self.model, self.accelerator.device
         if static_cache and not self.use_vllm:
