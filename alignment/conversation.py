@@ -34,6 +34,7 @@ ALPACA = (
     "\n\n### Instruction:\n{prompt}\n\n### Response:"
 )
 PLACEHOLDER = "{prompt}"
+LONG_TEXT = 10_000  # characters
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
 
 
@@ -124,13 +125,13 @@ class ReferenceTemplate(Template):
     def encode_whole(self, tokenizer, text: str, finished: bool = True, max_length: int | None = None) -> Encoded:
         if finished and not text.endswith(tokenizer.eos_token):
             text += tokenizer.eos_token
-        ids = bos_ids(tokenizer) + tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        ids = bos_ids(tokenizer) + backend_ids(tokenizer.backend_tokenizer, text)
         limit = len(ids) if max_length is None else max_length
         return Encoded(ids[:limit], len(ids) > limit, 0)
 
     def encode_prompt(self, tokenizer, prompt: str) -> list[int]:
         text = self.render(prompt)
-        return bos_ids(tokenizer) + tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        return bos_ids(tokenizer) + backend_ids(tokenizer.backend_tokenizer, text)
 
 
 def get_template(name: str, tokenizer=None, reference: bool = False) -> Template:
@@ -193,14 +194,22 @@ def encode_text(tokenizer, text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     pattern, added, mark = _added_tokens(tokenizer)
     if pattern is None:
-        return backend.encode(text, add_special_tokens=False).ids
+        return backend_ids(backend, text)
     ids: list[int] = []
     for piece in pattern.split(text):
         if piece in added:
             ids.append(added[piece])
         elif piece:
-            ids.extend(backend.encode(mark + piece, add_special_tokens=False).ids)
+            ids.extend(backend_ids(backend, mark + piece))
     return ids
+
+
+def backend_ids(backend, text: str) -> list[int]:
+    """Ids of a text as the Rust tokenizer gives them, without special tokens."""
+    if len(text) > LONG_TEXT:
+        # `encode` keeps Python's lock for as long as it takes, seconds for a megabyte; this one lets other threads run.
+        return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    return backend.encode(text, add_special_tokens=False).ids
 
 
 def bos_ids(tokenizer) -> list[int]:

@@ -79,6 +79,27 @@ def published(models: list[ScoreModel], texts: list[tuple[int, ...]]) -> list[li
     return results
 
 
+def ours(name: str, fp8: bool, config: LlamaConfig, texts: list[tuple[int, ...]], max_length: int, report) -> dict:
+    """Reports the speed; returns seconds to warm up, and how far scores move with batch mates and with float8."""
+    models = [random_model(config, torch.bfloat16, seed) for seed in (1, 2)]
+    exact = PackedForward(models[0], max_length, compiled=False).score(texts[:256]) if fp8 else None
+    forwards = [PackedForward(model, max_length, fp8=fp8) for model in models]
+    start = time.perf_counter()
+    for forward in forwards:
+        forward.warm_up()
+    found = {f"{name}_warm_up_seconds": time.perf_counter() - start}
+    report(name, seconds(lambda: [forward.score(texts).tolist() for forward in forwards]))
+    whole = forwards[0].score(texts)
+    alone = torch.cat([forwards[0].score([text]) for text in texts[:64]])
+    found[f"{name}_batch_mates"] = float((whole[:64] - alone).abs().max())
+    found[f"{name}_score_std"] = float(whole.std())
+    if exact is not None:
+        found["fp8_error_on_random_weights"] = float((whole[:256] - exact).abs().max())
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--lengths", help="CSV of prompt and response lengths; default lognormal around 300")
@@ -122,22 +143,7 @@ def main() -> None:
     del models
     torch.cuda.empty_cache()
     for name, fp8 in (("packed_bf16", False), ("packed_fp8", True))[: 1 + options.fp8]:
-        models = [random_model(config, torch.bfloat16, seed) for seed in (1, 2)]
-        exact = PackedForward(models[0], options.max_length, compiled=False).score(texts[:256]) if fp8 else None
-        forwards = [PackedForward(model, options.max_length, fp8=fp8) for model in models]
-        start = time.perf_counter()
-        for forward in forwards:
-            forward.warm_up()
-        result[f"{name}_warm_up_seconds"] = time.perf_counter() - start
-        report(name, seconds(lambda pair=forwards: [forward.score(texts).tolist() for forward in pair]))
-        whole, small = forwards[0].score(texts), torch.cat([forwards[0].score([text]) for text in texts[:64]])
-        result[f"{name}_batch_mates"] = float((whole[:64] - small).abs().max())
-        result[f"{name}_score_std"] = float(whole.std())
-        if exact is not None:
-            result["fp8_error"] = float((whole[:256] - exact).abs().max())
-        del models, forwards
-        torch._dynamo.reset()
-        torch.cuda.empty_cache()
+        result |= ours(name, fp8, config, texts, options.max_length, report)
     print(json.dumps(result))
 
 

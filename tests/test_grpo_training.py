@@ -159,12 +159,12 @@ def test_ten_steps_are_five_a_stop_and_five(tiny_policy, prompts, tmp_path, proc
     with FakeScorer() as scorer:
         done = run_script(tiny_policy, scorer.url, prompts, tmp_path / "whole", **settings)
         assert done.returncode == 0, done.stderr
-    fifth = threading.Event()
+    fifth, told = threading.Event(), threading.Event()
 
     def answer(number, body):
         if number == 3 + 5 * processes:  # three evaluations by the first process, then its and the others' fifth step
             fifth.set()
-            time.sleep(1)
+            told.wait(60)
         return FakeScorer.scores(body)
 
     run = tmp_path / "run"
@@ -181,6 +181,7 @@ def test_ten_steps_are_five_a_stop_and_five(tiny_policy, prompts, tmp_path, proc
             process.send_signal(signal.SIGUSR1)
         else:  # the launcher would not hand it on
             (run / "stop").touch()
+        told.set()
         output, errors = process.communicate(timeout=120)
         assert process.returncode == (138 if processes == 1 else 1), errors
         assert "go on with:" in output
@@ -340,3 +341,62 @@ def test_adapters_resume_exactly_and_are_saved_merged(tiny_policy, prompts, tmp_
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/checkpoints/iteration_00004/adapter_model.safetensors").exists()
     assert same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_the_job_script_sweeps_saves_before_the_limit_and_is_queued_again(tiny_policy, prompts, tmp_path):
+    accelerate = tmp_path / "two_cpus.yaml"
+    accelerate.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nmixed_precision: 'no'\nnum_machines: 1\n"
+        "num_processes: 2\nuse_cpu: true\n"
+    )
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text('#!/bin/sh\necho "scontrol $*"\n')
+    scontrol.chmod(0o755)
+    run = tmp_path / "runs" / "beta_0.1"
+    environment = {
+        **os.environ,
+        "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "ACCELERATE_CONFIG": str(accelerate),
+        "OUTPUT_DIR": str(run.parent),
+        "BETAS": "0.01 0.1",
+        "SLURM_ARRAY_TASK_ID": "1",
+        "SLURM_JOB_ID": "77",
+    }
+    third = threading.Event()
+
+    def answer(number, body):
+        if number == 2 + 2 * 2 + 1:  # two evaluations, two steps of two processes, then the third
+            third.set()
+            while not (run / "stop").exists():
+                time.sleep(0.05)
+        return FakeScorer.scores(body)
+
+    with FakeScorer(answer) as scorer:
+        flags = command(tiny_policy, scorer.url, prompts, run)[2:]
+        where = flags.index("--output_dir")
+        flags = flags[:where] + flags[where + 2 :]  # the script gives it, as it gives beta and seed
+        for name in ("--beta", "--seed"):
+            where = flags.index(name)
+            flags = flags[:where] + flags[where + 2 :]
+        job = ["bash", "alignment/GRPO/run_grpo_alignment.sh", *flags]
+        process = subprocess.Popen(
+            job, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert third.wait(120)
+        process.send_signal(signal.SIGUSR1)
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert "stopped after step 3, queued again" in output
+        assert "scontrol requeue 77" in output
+        again = subprocess.run(job, cwd=REPO, env=environment, capture_output=True, text=True, timeout=300)
+        assert again.returncode == 0, again.stderr
+    assert "going on after step 3" in again.stdout
+    assert (run / "final" / "model.safetensors").exists()
+    assert "beta: 0.1" in (run / "config.yaml").read_text()
+
+    too_many = environment | {"SLURM_ARRAY_TASK_ID": "2"}
+    done = subprocess.run(job, cwd=REPO, env=too_many, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "use --array=0-1" in done.stderr) == (2, True)

@@ -1,5 +1,6 @@
 """What the figures show: artists, values and limits, never pixels."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from matplotlib.collections import PathCollection
+from matplotlib.colors import to_rgb
 
 from alignment.errors import UserError
 from alignment.evaluation.points import ModelScores, load_scores
@@ -15,8 +17,18 @@ from alignment.visualization import plot_reward_cost_grid, plot_safety_ratios, p
 from alignment.visualization.plot_reward_cost_grid import common_limits, density, draw_grid
 from alignment.visualization.plot_safety_ratios import draw_ratios
 from alignment.visualization.plot_training_curves import draw_curves, load_runs
-from alignment.visualization.style import MAX_NAME, model_colours, new_figure, paper_style, save_figure, short_name
+from alignment.visualization.style import (
+    MAX_NAME,
+    OTHER_COLOURS,
+    model_colours,
+    new_figure,
+    paper_style,
+    save_figure,
+    short_name,
+)
 from alignment.visualization.training_runs import positions, seed_line
+
+PUBLISHED = ["Alpaca-7B", "Beaver-V1", "Beaver-V2", "Beaver-V3", "ES-100", "ES-500"]
 
 
 def scores(name, rewards, costs):
@@ -33,8 +45,7 @@ def texts(panel):
 
 
 def test_grid_of_the_published_models_draws_every_point_on_common_axes(goldens):
-    names = ["Alpaca-7B", "Beaver-V1", "Beaver-V2", "Beaver-V3", "ES-100", "ES-500"]
-    models = [load_scores(goldens / "quadrants", name) for name in names]
+    models = [load_scores(goldens / "quadrants", name) for name in PUBLISHED]
     figure = draw_grid(models)
     assert len(figure.axes) == 6
     assert len({(panel.get_xlim(), panel.get_ylim()) for panel in figure.axes}) == 1
@@ -225,6 +236,33 @@ def test_one_colour_a_model_everywhere():
     assert few["ES-500"] == many["ES-500"] and few["other"] == many["other"]  # whatever stands beside it
     assert len(set(many.values())) == 5
     assert len(model_colours([f"m{index}" for index in range(30)])) == 30
+
+
+# How colours look to readers without one kind of cones, in linear RGB (Machado et al. 2009, severity 1).
+COLOUR_VISION = {
+    "all cones": np.eye(3),
+    "no red": [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]],
+    "no green": [[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]],
+    "no blue": [[1.2555, -0.0767, -0.1788], [-0.0784, 0.9308, 0.1476], [0.0047, 0.6914, 0.3039]],
+}
+
+
+def cielab(colour, vision):
+    rgb = np.array(to_rgb(colour))
+    rgb = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    rgb = np.clip(np.array(vision) @ rgb, 0, 1)
+    to_xyz = [[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]]
+    xyz = to_xyz @ rgb / (0.9505, 1.0, 1.0888)
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("vision", COLOUR_VISION)
+@pytest.mark.parametrize("names", [PUBLISHED, ["ES", "GRPO"], [f"m{number}" for number in range(len(OTHER_COLOURS))]])
+def test_colours_are_told_apart_with_any_colour_vision(names, vision):
+    colours = [cielab(colour, COLOUR_VISION[vision]) for colour in model_colours(names).values()]
+    distances = [np.linalg.norm(a - b) for a, b in itertools.combinations(colours, 2)]
+    assert min(distances) > 12  # 2.3 is just noticeable side by side
 
 
 def test_names_are_drawn_as_they_are(tmp_path):

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from report_folders import HOSTILE, HOSTILE_NAME, arguments, write_example, write_model
 
 from alignment.errors import UserError
 from alignment.evaluation.measures import measure
@@ -13,7 +14,6 @@ from alignment.evaluation.points import load_scores, read_points
 from alignment.records import save_npy, write_jsonl
 from alignment.visualization import make_report
 from alignment.visualization.report import answers, page
-from report_folders import HOSTILE, HOSTILE_NAME, arguments, write_example, write_model
 
 
 def embedded(path, name):

@@ -34,6 +34,31 @@ const box = view.canvas_view.el.getBoundingClientRect();
 return [box.x + view.frame.x_scale.compute(cost), box.y + view.frame.y_scale.compute(reward)];
 """
 
+# How many of the two texts, prompt and answer, are shown in the drawer to the letter.
+SHOWN = r"""
+const shown = [...document.querySelectorAll("#detail .plain")].map((one) => one.textContent.replace(/\ud83d/g, ""));
+return [...arguments].filter((text) => shown.includes(text)).length;
+"""
+
+X_RANGE = """
+const { model } = [...Bokeh.index.roots].find((one) => one.model.type === "Figure");
+return [model.x_range.start, model.x_range.end];
+"""
+
+SET_VALUE = """
+const [id, value, event] = arguments;
+const control = document.getElementById(id);
+control.value = value;
+control.dispatchEvent(new Event(event));
+"""
+
+DRAWN = "document.querySelectorAll('#curves .bk-Figure').length === 4"  # one of five has no values
+
+MATRIX = """
+const cells = [...document.querySelectorAll(".matrix button")].map((one) => [one.dataset.cell, one.textContent]);
+return cells.filter(([, count]) => count !== "0");
+"""
+
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
@@ -111,21 +136,16 @@ def test_hostile_texts_are_shown_and_do_nothing(browser, example):
         script(browser, "document.getElementById(arguments[0]).click()", name)
     for number, text in enumerate(HOSTILE):
         script(browser, "document.querySelectorAll('#list .rows button')[arguments[0]].click()", number)
-        # compared in the page: a lone surrogate does not travel
-        shown = "const [prompt, text] = arguments; return [...document.querySelectorAll('#detail .plain')].map((one) => one.textContent)"
-        same = script(
-            browser,
-            f"{shown}.filter((one) => one === prompt || one === text).length",
-            text,
-            f"answer {number} of first {text}",
-        )
-        if "\ud83d" not in text:
-            assert same == 2, text
+        sent = text.replace(
+            "\ud83d", ""
+        )  # half a character cannot be sent; the page's own is taken out of the comparison
+        shown = script(browser, SHOWN, sent, f"answer {number} of first {sent}")
+        assert shown == 2, text
     click_point(browser, 1.0, 1.0)  # the tooltip shows the model's name
     click_point(browser, -3.0, 2.0)
     script(browser, "document.querySelectorAll('#disagreements .rows button')[0].click()")
-    script(browser, "document.querySelector('#detail > details').open = true")
-    wait_until(browser, "document.querySelector('#detail > details').textContent.includes(arguments[0])", HOSTILE[1])
+    script(browser, "document.querySelector('#detail > div > details').open = true")
+    wait_until(browser, "document.querySelector('#detail > div > details').textContent.includes(arguments[0])", HOSTILE[1])
     script(browser, "document.querySelectorAll('#provenance details').forEach((one) => (one.open = true))")
     assert HOSTILE[0] in script(browser, "return document.getElementById('provenance').textContent")
     assert_nothing_ran(browser)
@@ -146,29 +166,31 @@ def test_the_policy_holds_back_what_would_slip_through(browser, example):
 
 def test_harmful_texts_stay_folded_until_they_are_asked_for(browser, example):
     open_page(browser, example)
-    visible = "return document.body.innerText"
-    assert "question number 6" not in script(browser, visible)
+
+    def visible(text):
+        return script(browser, "return document.body.innerText.includes(arguments[0])", text)
+
+    assert not visible("question number 6")
     click_point(browser, 1.0, 1.0)  # unsafe
-    assert "answer 0 of first" not in script(browser, visible)
-    assert len(cards(browser)) == 2 and f"answer 0 of {HOSTILE_NAME}" in script(browser, visible)  # safe, side by side
+    assert not visible("answer 0 of first")
+    assert len(cards(browser)) == 2 and visible(f"answer 0 of {HOSTILE_NAME}")  # safe, side by side
     script(browser, "document.querySelector('#detail .card.chosen summary').click()")
     wait_until(browser, "document.body.innerText.includes('answer 0 of first')")
     script(browser, "document.getElementById('prompts-button').click()")
-    assert "question number 6" in script(browser, visible)
+    assert visible("question number 6")
 
 
 def test_filters_and_search(browser, example):
     open_page(browser, example)
     count = "return document.getElementById('count').textContent"
     assert script(browser, count) == "14 of 14 answers, 1 of them without a score and not in the picture"
-    choose = "const one = document.getElementById(arguments[0]); one.value = arguments[1]; one.dispatchEvent(new Event(arguments[2]))"
     names = script(browser, "return [...document.getElementById('category').options].map((one) => one.textContent)")
-    script(browser, choose, "category", str(names.index("Violence") - 1), "change")
+    script(browser, SET_VALUE, "category", str(names.index("Violence") - 1), "change")
     assert script(browser, count).startswith("2 of 14")
-    script(browser, choose, "category", "-1", "change")
+    script(browser, SET_VALUE, "category", "-1", "change")
     browser.find_element("id", "search").send_keys("ANSWER 6 OF FIRST")
     wait_until(browser, "document.getElementById('count').textContent.startsWith('1 of 14')")
-    script(browser, choose, "search", "", "input")
+    script(browser, SET_VALUE, "search", "", "input")
     wait_until(browser, "document.getElementById('count').textContent.startsWith('14 of 14')")
     script(
         browser, "document.querySelectorAll('#filters .quadrants input').forEach((one, k) => k !== 2 && one.click())"
@@ -178,15 +200,14 @@ def test_filters_and_search(browser, example):
     )  # unsafe and helpful: three of the first model, one of the second
     script(browser, "document.querySelector('#filters .models input').click()")
     assert script(browser, count).startswith("1 of 14")
-    script(browser, choose, "fewest", "1000", "input")
+    script(browser, SET_VALUE, "fewest", "1000", "input")
     assert script(browser, count).startswith("0 of 14")
     assert errors(browser) == []
 
 
 def test_movers(browser, example):
     open_page(browser, example)
-    cells = "return [...document.querySelectorAll('.matrix button')].map((one) => [one.dataset.cell, one.textContent]).filter(([, n]) => n !== '0')"
-    assert dict(script(browser, cells)) == {"SHSH": "1", "SUSH": "2", "UHSH": "2", "UHUH": "1"}
+    assert dict(script(browser, MATRIX)) == {"SHSH": "1", "SUSH": "2", "UHSH": "2", "UHUH": "1"}
     assert "4 of 6 prompts" in script(browser, "return document.querySelector('#movers [role=status]').textContent")
     script(browser, "document.querySelector('[data-cell=UHSH]').click()")
     assert script(browser, "return document.querySelectorAll('#movers .rows li').length") == 2
@@ -200,13 +221,12 @@ def test_keyboard_alone(browser, example):
 
     open_page(browser, example)
     press = lambda *keys: ActionChains(browser).send_keys(*keys).perform()  # noqa: E731
-    ranges = "const {model} = [...Bokeh.index.roots].find((one) => one.model.type === 'Figure'); return [model.x_range.start, model.x_range.end]"
-    whole = script(browser, ranges)
+    whole = script(browser, X_RANGE)
     script(browser, "document.getElementById('scatter').focus()")
     press("+", Keys.ARROW_RIGHT)
-    assert script(browser, ranges)[1] - script(browser, ranges)[0] < whole[1] - whole[0]
+    assert script(browser, X_RANGE)[1] - script(browser, X_RANGE)[0] < whole[1] - whole[0]
     press("0")
-    assert script(browser, ranges) == whole
+    assert script(browser, X_RANGE) == whole
     script(browser, "document.querySelector('#list .rows button').focus()")
     press(Keys.ARROW_DOWN, Keys.ENTER)
     assert "Prompt 2" in script(browser, "return document.querySelector('#detail strong').textContent")
@@ -221,7 +241,8 @@ def test_keyboard_alone(browser, example):
 def test_dark_and_light_and_curves(browser, example):
     open_page(browser, example)
     script(browser, "document.getElementById('curves').scrollIntoView()")
-    wait_until(browser, "document.querySelectorAll('#curves .plot > *').length === 5")
+    wait_until(browser, DRAWN)
+    assert "no values" in script(browser, "return document.getElementById('curve-safe_ratio').textContent")
     ground = "return getComputedStyle(document.body).backgroundColor"
     light = script(browser, ground)
     script(browser, "document.getElementById('theme-button').click()")
@@ -233,9 +254,8 @@ def test_dark_and_light_and_curves(browser, example):
         )
         == "#14171b"
     )
-    axis = "const one = document.getElementById('curve-axis'); one.value = 'samples'; one.dispatchEvent(new Event('change'))"
-    script(browser, axis)
-    wait_until(browser, "document.querySelectorAll('#curves .plot > *').length === 5")
+    script(browser, SET_VALUE, "curve-axis", "samples", "change")
+    wait_until(browser, DRAWN)
     assert errors(browser) == []
 
 

@@ -21,7 +21,11 @@ from conftest import REPO
 from alignment.errors import UserError
 from alignment.scoring.client import ScorerClient, ScorerUnavailable
 from alignment.scoring.local_scorer import LocalScorer
-from alignment.scoring.scorer_service import Job, Worker, build_app, read_settings, take_port
+from alignment.scoring.http_app import build_app
+from alignment.scoring.monitor import Monitor
+from alignment.scoring.scorer_service import take_port
+from alignment.scoring.service_settings import read_settings
+from alignment.scoring.worker import Job, Worker, WorkQueue
 
 SCRIPT = REPO / "alignment" / "scoring" / "scorer_service.py"
 START_SECONDS = 90
@@ -94,7 +98,8 @@ def test_health_says_who_it_is(service, tiny_scorers):
     assert len(identity["cost_model"]["weights"]) == 16
     assert (identity["dtype"], identity["max_length"], identity["deterministic"]) == ("float32", 200, True)
     address = json.loads(service.address.read_text())
-    assert address == {"url": service.url, "pid": service.process.pid, "identity": identity}
+    assert (address["url"], address["pid"], address["identity"]) == (service.url, service.process.pid, identity)
+    assert address["instance"] == health["instance"] and address["token_file"] is None
     assert f"Service will be available at {service.url}\n" in service.log.read_text()
 
 
@@ -273,17 +278,23 @@ def test_a_named_port_that_is_taken_is_an_error():
 
 def test_settings_of_the_environment():
     plain = read_settings({})
-    assert (plain.host, plain.port, plain.auth) == ("127.0.0.1", None, None)
+    assert (plain.host, plain.port, plain.auth, plain.logs_dir) == ("127.0.0.1", None, None, "logs")
     assert plain.scorer["reward_model"] == "PKU-Alignment/beaver-7b-unified-reward"
     assert (plain.scorer["max_length"], plain.scorer["dtype"], plain.scorer["deterministic"]) == (576, "auto", None)
     assert read_settings({"USE_BF16": "true"}).scorer["dtype"] == "bfloat16"
     assert read_settings({"USE_BF16": "false"}).scorer["dtype"] == "float16"
     assert read_settings({"HOST": "0.0.0.0", "SCORER_AUTH": "none"}).auth is None
+    made_up = [read_settings({"HOST": "0.0.0.0"}).auth for _ in range(2)]
+    assert made_up[0] != made_up[1] and len(made_up[0]) > 30
+    assert read_settings({"SCORER_ADDRESS_FILE": "a.json"}).logs_dir is None
+    assert read_settings({"SCORER_MAX_TEXTS": "5"}).limits.max_texts == 5
     assert read_settings({"PORT": "9000"}, port=0).port == 0
     for env, message in (
         ({"USE_BF16": "true", "SCORER_DTYPE": "float32"}, "set one of them"),
         ({"SCORER_DETERMINISTIC": "maybe"}, "SCORER_DETERMINISTIC is 'maybe'"),
-        ({"HOST": "0.0.0.0"}, "SCORER_AUTH"),
+        ({"SCORER_AUTH": "a", "SCORER_TOKEN_FILE": "b"}, "set one of them"),
+        ({"SCORER_AUTH": "a b"}, "no spaces"),
+        ({"SCORER_MAX_TEXTS": "0"}, "from 1 on"),
         ({"MAX_LENGTH": "5k"}, "MAX_LENGTH is '5k'"),
         ({"SCORER_PROBES": "/absent.json"}, "SCORER_PROBES"),
     ):
@@ -305,34 +316,46 @@ def test_loading_is_said_and_waited_for(tiny_scorers, tmp_path):
         service.stop()
 
 
-def test_one_failed_round_is_a_500_and_does_not_end_the_worker(tiny_scorers):
-    """In process: the models fail once; a request that was cancelled before its turn disturbs nobody."""
+@contextlib.contextmanager
+def in_process(models, on_failure=pytest.fail, **env: str):
+    """Worker and HTTP interface in this process: (worker, url)."""
     ready = threading.Event()
-    settings = read_settings({"REWARD_MODEL": str(tiny_scorers[0]), "COST_MODEL": str(tiny_scorers[1])})
-    worker = Worker(settings, lambda _: ready.set(), pytest.fail)
+    settings = read_settings({"REWARD_MODEL": str(models[0]), "COST_MODEL": str(models[1])} | env)
+    worker = Worker(
+        settings, WorkQueue(settings.limits.max_queued_tokens), Monitor(), lambda _: ready.set(), on_failure
+    )
     worker.start()
     assert ready.wait(START_SECONDS)
     listener = take_port("127.0.0.1", 0)
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}/score"
-    server = uvicorn.Server(uvicorn.Config(build_app(worker, None), log_level="warning"))
-    threading.Thread(target=server.run, args=([listener],), daemon=True).start()
-    real = worker.scorer.score_encoded
+    app = build_app(worker, None, settings.limits, "instance", {})
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    try:
+        yield worker, f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        worker.jobs.end()
+        thread.join(10)
+        worker.join(10)
+        assert not worker.is_alive()
 
-    def fails_once(conversations):
-        worker.scorer.score_encoded = real
-        raise RuntimeError("CUDA error: a test\nmore lines")
 
-    worker.scorer.score_encoded = fails_once
-    answer = requests.post(url, json=HELLO, timeout=10)
-    assert (answer.status_code, answer.json()["detail"]) == (500, "scoring failed: CUDA error: a test")
-    cancelled = Job([worker.scorer.encode("a", "b")])
-    cancelled.scores.cancel()
-    worker.jobs.put(cancelled)
-    assert requests.post(url, json=HELLO, timeout=10).json()["errors"] == [None]
-    server.should_exit = True
-    worker.stop()
-    worker.join(10)
-    assert not worker.is_alive()
+def test_one_failed_round_is_a_500_and_does_not_end_the_worker(tiny_scorers):
+    with in_process(tiny_scorers) as (worker, url):
+        real = worker.scorer.score_encoded
+
+        def fails_once(conversations):
+            worker.scorer.score_encoded = real
+            raise RuntimeError("CUDA error: a test\nmore lines")
+
+        worker.scorer.score_encoded = fails_once
+        answer = requests.post(url + "/score", json=HELLO, timeout=10)
+        assert (answer.status_code, answer.json()["detail"]) == (500, "scoring failed: CUDA error: a test")
+        cancelled = Job([worker.scorer.encode("a", "b")])
+        cancelled.scores.cancel()
+        worker.jobs.put(cancelled)
+        assert requests.post(url + "/score", json=HELLO, timeout=10).json()["errors"] == [None]
 
 
 @pytest.mark.slow

@@ -68,10 +68,10 @@ class Run(TrainerCallback):
             self.trainer.constraint.multiplier.load_state_dict(read_json(checkpoint / "constraint.json"))
             if self.main:
                 print(f"going on after step {first}", flush=True)
-        rows = read_jsonl(self.folder / "metrics.jsonl") if (self.folder / "metrics.jsonl").exists() else []
-        self.evaluated = {row["iteration"] for row in rows if row["kind"] == "eval" and row["iteration"] <= first}
-        self.trainer.accelerator.wait_for_everyone()  # the file is read by all before the first one shortens it
         self.metrics = self._open_metrics(first) if self.main else None
+        self.trainer.accelerator.wait_for_everyone()  # the file is whole now, and without rows of later steps
+        rows = read_jsonl(self.folder / "metrics.jsonl")
+        self.evaluated = {row["iteration"] for row in rows if row["kind"] == "eval"}
         watching = self.main and watched()
         try:
             with progress_bar(self.settings.max_steps, "GRPO", "step", initial=first, disable=not watching) as self.bar:

@@ -38,7 +38,9 @@ _FREE |= {"gradient_accumulation_steps", "wandb_project", "wandb_run_name", "ver
 @dataclass
 class GRPOSettings:
     model_name: str = setting("", "policy to align: a Hugging Face folder or hub name")
-    scorer_url: str = setting("", "address of the scorer service, e.g. http://node12:8000")
+    scorer_url: str = setting(
+        "auto", "address of the scorer service, or several, or auto: the one that has published its own"
+    )
     output_dir: str = setting("alignment/outputs/grpo", "run folder; a run that is there already is gone on with")
     resume: bool = setting(True, "go on with the run in output_dir; with false an existing run is an error")
     seed: int = setting(42, "seed of sampling, data order and adapters", minimum=0)
@@ -127,9 +129,8 @@ class GRPOSettings:
     verbose: bool = setting(False, "print sample responses at each evaluation")
 
     def __post_init__(self) -> None:
-        for name in ("model_name", "scorer_url"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is missing: give it on the command line or in the YAML file")
+        if not self.model_name:
+            raise UserError("--model_name is missing: give it on the command line or in the YAML file")
         if self.lambda_min > self.lambda_max:
             raise UserError(f"lambda_min ({self.lambda_min}) is above lambda_max ({self.lambda_max})")
         if self.use_vllm and self.vllm_mode == "server" and not self.vllm_server_base_url:

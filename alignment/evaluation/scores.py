@@ -19,7 +19,7 @@ from alignment.progress import progress_bar
 from alignment.records import JsonlWriter, finite_or_none, read_jsonl
 from alignment.scoring.client import Scores
 
-BATCHES_A_CHUNK = 8  # several batches a call: the scorer sorts them by length
+BATCHES_A_CHUNK = 8  # several batches a call, so that a scorer in this process can form its own
 
 
 class Scorer(Protocol):
@@ -55,8 +55,10 @@ def add_scores(rows: list[dict], scorer: Scorer, batch_size: int, saved: Path) -
     with JsonlWriter(saved) as writer, progress_bar(len(rows), "score", "row") as bar:
         if not lines:
             writer.append(begun)
+        # Neighbours of similar length make full batches; the longest come first, so that what does not fit fails at once.
+        ordered = sorted(rows, key=lambda row: -len(row["prompt"]) - len(row["response"]))
         for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
+            batch = ordered[start : start + size]
             if start not in done:
                 prompts, responses, finished = ([row[key] for row in batch] for key in columns[1:])
                 done[start] = {"start": start} | _as_record(scorer.score(prompts, responses, finished=finished))

@@ -52,7 +52,7 @@ class VLLMEngine(Engine):
             raise UserError(f"engine vllm: {error}; use the environment of requirements-cluster.txt") from error
         super().__init__(model_path, template, first_turn_only, batch_size=2**31)  # vLLM forms its own batches
         self.device = torch.device(device)
-        torch.cuda.set_device(self.device)
+        torch.cuda.set_device(self.device.index or 0)
         self._config = AutoConfig.from_pretrained(str(model_path))
         self._path = str(model_path)
         total = torch.cuda.get_device_properties(self.device).total_memory
@@ -105,6 +105,7 @@ class VLLMEngine(Engine):
 
     def save_pretrained(self, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         state = {name: tensor.cpu() for name, tensor in (self.parameters() | (weights or {})).items()}
+        Path(folder).mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(state, str(folder), max_shard_size="50GB")
         self._config.save_pretrained(str(folder))
         self._generation_config().save_pretrained(str(folder))

@@ -1,41 +1,51 @@
-"""Asks a running scorer service for rewards and costs, and never makes up a number.
+"""Asks running scorer services for rewards and costs, and never makes up a number.
 
-    client = ScorerClient("http://127.0.0.1:8000")
+    client = ScorerClient("http://127.0.0.1:8000")  # or several addresses, or "auto": see alignment/scoring/discovery.py
     client.wait_until_ready()
     scores = client.score(prompts, responses, finished)  # Scores: float64 arrays in order, NaN where a score is missing
 
-Connection errors, timeouts and the answers 429, 502, 503, 504 are tried again with growing, jittered pauses until
-`max_wait` seconds have gone by without an answer; then ScorerUnavailable is raised and the trainer saves its state. Any
-other 4xx is a mistake in the request and is raised at once. Every answer is checked: number of scores, finite or null
-with a reason, and the scorer's identity, which must stay what it was at first contact.
+A call is cut into chunks, several of which are under way at a time; with several addresses each chunk goes to the one that
+has the least to do, and one of them may go away. Connection errors, timeouts and the answers 429, 502, 503, 504 are tried
+again with growing, jittered pauses until `max_wait` seconds have gone by without an answer; then ScorerUnavailable is raised
+and the trainer saves its state. Any other 4xx is a mistake in the request and is raised at once. Every answer is checked:
+number of scores, finite or null with a reason, and the scorer's identity, which must stay what it was at first contact, at
+every address and after every restart. With "auto", a scorer that comes back elsewhere (a requeued job) is found again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import queue
 import random
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from typing import TypeVar
 
 import numpy as np
-import requests
 
 from alignment.errors import UserError
+from alignment.scoring.connection import FIRST_PAUSE, IDENTITY_HEADER, LONGEST_PAUSE, Endpoint, Retry
+from alignment.scoring.discovery import ScorerNotFound, find_from_environment, read_secret
 
-RETRY_STATUS = {429, 502, 503, 504}
-FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0  # seconds
-LONGEST_RETRY_AFTER = 30.0  # seconds
-CONNECT_TIMEOUT = 10.0  # seconds
 HEALTH_TIMEOUT = 10.0  # seconds: /health answers at once, also while the service scores
-IDENTITY_HEADER = "X-Scorer-Identity"  # a hash of the service's identity, in every answer
+SAY_AFTER, SAY_EVERY = 5.0, 60.0  # seconds until the first and between lines about waiting, where nobody else shows it
+LOOK_EVERY = 2.0  # seconds, with "auto" while no scorer is found
+AUTO = "auto"
+
+Answer = TypeVar("Answer")
 
 
 class ScorerUnavailable(UserError):
-    """The scorer gave no usable answer for `max_wait` seconds."""
+    """No scorer gave a usable answer for `max_wait` seconds, or not all of them before the deadline."""
+
+
+class _Abandoned(Exception):
+    """Another chunk of the same call failed: this one need not go on."""
 
 
 @dataclass(frozen=True)
@@ -69,47 +79,58 @@ class Scores:
 
 
 class ScorerClient:
-    """One scorer service. May be used from several threads; each has its own connection.
+    """One scorer service, several with the same models, or the one that is found. May be used from several threads.
 
-    `timeout` is for one answer, `max_wait` for how long a scorer may stay away, both in seconds. `on_wait(seconds)` is
-    called before every pause with the time waited so far. `token` is the service's SCORER_AUTH (default: the environment).
+    `url` is an address, several (a list, or separated by commas), or "auto". `timeout` is for one answer, `max_wait` for how
+    long all scorers may stay away, `deadline` for a whole call (None: no limit), all in seconds. `concurrency` is the number
+    of chunks that a call has under way at each address. `on_wait(seconds)` is called in the calling thread during pauses with
+    the time waited so far, and may raise to end the call; without it a line a minute goes to stderr. The token is `token`, or
+    SCORER_AUTH, or the content of SCORER_TOKEN_FILE; with "auto", the scorer's own token file.
     """
 
     def __init__(
         self,
-        url: str,
+        url: str | list[str],
         batch_size: int = 32,
         timeout: float = 300.0,
         max_wait: float = 900.0,
         on_wait: Callable[[float], None] | None = None,
         token: str | None = None,
+        concurrency: int = 4,
+        deadline: float | None = None,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"scorer URL {url!r}: expected something like http://127.0.0.1:8000")
-        if batch_size < 1:
-            raise UserError(f"scorer batch size is {batch_size}, expected 1 or more")
-        self.url = url.rstrip("/")
+        for name, value in (("batch size", batch_size), ("concurrency", concurrency)):
+            if value < 1:
+                raise UserError(f"scorer {name} is {value}, expected 1 or more")
+        urls = [one.strip() for one in url.split(",")] if isinstance(url, str) else list(url)
+        self.url = ", ".join(urls)
         self.batch_size, self.timeout, self.max_wait, self.on_wait = batch_size, timeout, max_wait, on_wait
-        token = os.environ.get("SCORER_AUTH") if token is None else token
-        self._headers = {"Authorization": f"Bearer {token}"} if token and token != "none" else {}
-        self._local = threading.local()
-        self._lock = threading.Lock()
+        self.concurrency, self.deadline = concurrency, deadline
+        self._token, self._token_file = token, None
+        self._auto = urls == [AUTO]
+        self._endpoints = [] if self._auto else [Endpoint(one, self._configured_token) for one in dict.fromkeys(urls)]
+        if not self._auto and not urls:
+            raise UserError("no scorer URL: expected something like http://127.0.0.1:8000, or auto")
+        self._lock = threading.Lock()  # of what follows, and of the endpoints' state
+        self._finding = threading.Lock()
         self._identity: dict | None = None
-        self._identity_hash: str | None = None
+        # Times on the monotonic clock: when any scorer last answered, when to look for one again, when waiting was told.
+        self._answered, self._looks_again, self._said = 0.0, 0.0, -SAY_EVERY
+        self._problem = ""
 
     def wait_until_ready(self, max_wait: float | None = None) -> dict:
-        """Waits until the service has loaded its models; returns its identity. Raises ScorerUnavailable."""
-        health, headers = self._ask("GET", "/health", None, max_wait)
-        identity = health.get("identity") if isinstance(health, dict) else None
-        if not isinstance(identity, dict):
-            raise UserError(f"{self.url}/health names no identity: is that a scorer of this project?")
-        with self._lock:
-            known = self._identity
-            if known is not None and known != identity:
-                raise UserError(f"scorer {self.url}: {difference(known, identity)}; the run began with the former")
-            self._identity, self._identity_hash = identity, headers.get(IDENTITY_HEADER)
-        return identity
+        """Waits until a service has loaded its models; returns its identity. Raises ScorerUnavailable, UserError.
+
+        Of several addresses one is enough, but every one that answers must have the same identity.
+        """
+        for endpoint in self._endpoints:
+            endpoint.verified = False
+        self._persist(self._verify, 0, _Call(self._tell), self.max_wait if max_wait is None else max_wait)
+        for endpoint in self._endpoints:
+            if not endpoint.verified:
+                with contextlib.suppress(Retry):  # away or loading: it can join later
+                    self._verify(endpoint, HEALTH_TIMEOUT)
+        return self._identity
 
     def identity(self) -> dict:
         """What decides a score, as the service said at first contact: models, weights, dtype, template, settings."""
@@ -125,113 +146,224 @@ class ScorerClient:
         if not len(prompts) == len(responses) == len(finished):
             raise ValueError(f"{len(prompts)} prompts, {len(responses)} responses, {len(finished)} finished flags")
         self.identity()
-        parts = []
+        bodies = []
         for start in range(0, len(prompts), self.batch_size):
             chunk = slice(start, start + self.batch_size)
-            body = {
-                "prompts": list(prompts[chunk]),
-                "responses": list(responses[chunk]),
-                "finished": [bool(one) for one in finished[chunk]],
-            }
-            answer, headers = self._ask("POST", "/score_batch", body)
-            if headers.get(IDENTITY_HEADER) != self._identity_hash:
-                self.wait_until_ready()  # restarted or replaced: raises when the identity is another one
-                if headers.get(IDENTITY_HEADER) != self._identity_hash:
-                    raise UserError(f"scorer {self.url}: an answer came from another scorer than the one in /health")
-            parts.append(self._checked(answer, len(body["prompts"])))
-        return Scores.joined(parts)
+            body = {"prompts": list(prompts[chunk]), "responses": list(responses[chunk])}
+            bodies.append(body | {"finished": [bool(one) for one in finished[chunk]]})
+        call = _Call(self._tell, self.deadline)
+        if len(bodies) <= 1:
+            return Scores.joined([self._score_chunk(body, call) for body in bodies])
+        return Scores.joined(self._score_together(bodies, call))
 
-    def _ask(self, method: str, path: str, body: dict | None, max_wait: float | None = None):
-        """One request, tried again until it is answered: (decoded JSON, headers)."""
-        max_wait = self.max_wait if max_wait is None else max_wait
-        began, pause = time.monotonic(), FIRST_PAUSE
-        timeout = HEALTH_TIMEOUT if path == "/health" else self.timeout
+    def _score_together(self, bodies: list[dict], call: _Call) -> list[Scores]:
+        """Scores of several chunks, in order. The calling thread waits for them, and tells about pauses."""
+        parts: dict[int, Scores] = {}
+        todo = queue.SimpleQueue()
+        for index in range(len(bodies)):
+            todo.put(index)
+
+        def work() -> None:
+            with contextlib.suppress(queue.Empty, _Abandoned):
+                while not call.ended.is_set():
+                    index = todo.get_nowait()
+                    try:
+                        call.news.put((index, self._score_chunk(bodies[index], call)))
+                    except _Abandoned:
+                        raise
+                    except BaseException as error:  # the calling thread raises it
+                        call.news.put((index, error))
+                        return
+
+        call.shared = True
+        # Daemon threads: an abandoned request may hang for its whole timeout, and must not keep a program from ending.
+        for _ in range(min(len(bodies), self.concurrency * max(1, len(self._endpoints)))):
+            threading.Thread(target=work, daemon=True, name="scorer-client").start()
+        try:
+            while len(parts) < len(bodies):
+                index, news = call.news.get()
+                if isinstance(news, BaseException):
+                    raise news
+                if index is None:
+                    call.tell(news)
+                else:
+                    parts[index] = news
+        finally:
+            call.ended.set()
+        return [parts[index] for index in range(len(bodies))]
+
+    def _score_chunk(self, body: dict, call: _Call) -> Scores:
+        count = len(body["prompts"])
+
+        def attempt(endpoint: Endpoint, left: float) -> Scores:
+            if not endpoint.verified:
+                self._verify(endpoint, left)
+            answer, headers = endpoint.ask("POST", "/score_batch", body, min(self.timeout, left))
+            given = headers.get(IDENTITY_HEADER)
+            if given != endpoint.identity_hash:
+                self._verify(endpoint, left)  # restarted or replaced: raises when the identity is another one
+                if given != endpoint.identity_hash:
+                    raise UserError(
+                        f"scorer {endpoint.url}: an answer came from another scorer than the one in /health"
+                    )
+            return checked(endpoint.url, answer, count)
+
+        return self._persist(attempt, count, call, self.max_wait)
+
+    def _verify(self, endpoint: Endpoint, left: float) -> None:
+        """Asks for the identity, which must be the known one if there is one. Raises Retry, UserError."""
+        health, headers = endpoint.ask("GET", "/health", None, min(HEALTH_TIMEOUT, left))
+        identity = health.get("identity") if isinstance(health, dict) else None
+        if not isinstance(identity, dict):
+            raise UserError(f"{endpoint.url}/health names no identity: is that a scorer of this project?")
+        with self._lock:
+            if self._identity is not None and self._identity != identity:
+                changes = difference(self._identity, identity)
+                raise UserError(f"scorer {endpoint.url}: {changes}; the run began with the former")
+            self._identity = identity
+            endpoint.identity_hash, endpoint.verified = headers.get(IDENTITY_HEADER), True
+
+    def _persist(self, attempt: Callable[[Endpoint, float], Answer], work: int, call: _Call, max_wait: float) -> Answer:
+        """Tries until an answer comes, `max_wait` goes by without any, or the call ends."""
+        began, problem = time.monotonic(), "none"
         while True:
-            wanted_pause = 0.0
+            if call.left() <= 0:
+                raise ScorerUnavailable(f"scorer {self.url}: not done after {self.deadline:g} s; last error: {problem}")
             # A port that accepts and never answers must not outlast max_wait either.
-            left = max(1.0, max_wait - (time.monotonic() - began))
+            left = max(1.0, min(max_wait - (time.monotonic() - began), call.left()))
             try:
-                reply = self._session().request(
-                    method,
-                    self.url + path,
-                    json=body,
-                    timeout=(min(CONNECT_TIMEOUT, left), min(timeout, left)),
-                    headers=self._headers,
-                )
-                if reply.ok:
-                    return reply.json(), reply.headers
-                problem = f"{reply.status_code}: {detail(reply)}"
-                if reply.status_code not in RETRY_STATUS:
-                    raise UserError(f"scorer {self.url}{path} refused the request, {problem}")
-                wanted_pause = retry_after(reply)
-            except requests.JSONDecodeError:
-                problem = "an answer that is not JSON"
-            except requests.exceptions.InvalidJSONError as error:
-                raise UserError(f"scorer {self.url}{path}: the request cannot be written as JSON: {error}") from error
-            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-                problem = f"{type(error).__name__}: {root_cause(error)}"
-            waited = time.monotonic() - began
+                with self._borrowed(work) as endpoint:
+                    return attempt(endpoint, left)
+            except Retry as error:
+                problem = str(error)
+                with self._lock:
+                    rest = min(endpoint.rests_until for endpoint in self._endpoints) - time.monotonic()
+            except ScorerNotFound as error:
+                problem, rest = str(error), LOOK_EVERY * random.uniform(0.5, 1.5)
+            self._problem = problem
+            now = time.monotonic()
+            waited = now - max(began, self._answered)
             if waited >= max_wait:
                 raise ScorerUnavailable(f"scorer {self.url} gave no answer for {waited:.0f} s; last error: {problem}")
-            if self.on_wait is not None:
-                self.on_wait(waited)
-            # Jitter keeps several ranks from coming back in step.
-            time.sleep(min(max(wanted_pause, pause * random.uniform(0.5, 1.5)), max(0.0, max_wait - waited)))
-            pause = min(2 * pause, LONGEST_PAUSE)
+            if rest > 0:  # otherwise another scorer takes it at once
+                call.pause(waited, min(rest, max_wait - waited, max(0.0, call.left())))
 
-    def _checked(self, answer, count: int) -> Scores:
-        """The answer as Scores. Raises UserError when it has not exactly `count` usable rows."""
-        if not isinstance(answer, dict):
-            raise UserError(f"scorer {self.url}: expected a JSON object, got {type(answer).__name__}")
-        columns = {}
-        for key, default in (("rewards", None), ("costs", None), ("errors", [None]), ("truncated", [False])):
-            column = answer.get(key, default * count if default else None)
-            if not isinstance(column, list) or len(column) != count:
-                got = f"{len(column)}" if isinstance(column, list) else "none"
-                raise UserError(f"scorer {self.url}: asked for {count} {key}, got {got}")
-            columns[key] = column
-        for row in range(count):
-            for key in ("rewards", "costs"):
-                value = columns[key][row]
-                if value is None:
-                    if not columns["errors"][row]:
-                        columns["errors"][row] = f"the scorer gave null for {key} and no reason"
-                elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                    raise UserError(f"scorer {self.url}: {key}[{row}] is {value!r}, expected a finite number or null")
-        return Scores(
-            np.array([math.nan if value is None else value for value in columns["rewards"]], dtype=np.float64),
-            np.array([math.nan if value is None else value for value in columns["costs"]], dtype=np.float64),
-            columns["errors"],
-            [bool(one) for one in columns["truncated"]],
-        )
+    @contextlib.contextmanager
+    def _borrowed(self, work: int) -> Iterator[Endpoint]:
+        """The address with the least to do among those that did not fail just now. Raises ScorerNotFound with "auto"."""
+        if self._auto:
+            self._find()
+        with self._lock:
+            now = time.monotonic()
+            awake = [endpoint for endpoint in self._endpoints if endpoint.rests_until <= now]
+            if awake:
+                endpoint = min(awake, key=lambda one: one.outstanding)
+            else:
+                endpoint = min(self._endpoints, key=lambda one: one.rests_until)
+            endpoint.outstanding += work
+        try:
+            yield endpoint
+            self._answered = time.monotonic()
+            endpoint.pause = FIRST_PAUSE
+        except Retry as error:
+            with self._lock:
+                endpoint.verified = endpoint.verified and not error.lost
+                endpoint.lost = endpoint.lost or error.lost
+                now = time.monotonic()
+                if endpoint.rests_until <= now:  # several chunks that fail together count once
+                    # Jitter keeps several ranks from coming back in step.
+                    endpoint.rests_until = now + max(error.pause, endpoint.pause * random.uniform(0.5, 1.5))
+                    endpoint.pause = min(2 * endpoint.pause, LONGEST_PAUSE)
+            raise
+        finally:
+            with self._lock:
+                endpoint.outstanding -= work
 
-    def _session(self) -> requests.Session:
-        # requests does not promise that a Session may be shared between threads.
-        if not hasattr(self._local, "session"):
-            self._local.session = requests.Session()
-            self._local.session.trust_env = False  # a proxy setting must not catch calls inside a cluster
-        return self._local.session
+    def _find(self) -> None:
+        """With "auto": looks for the scorer when none is known or the known one is lost."""
+        with self._finding:  # one thread looks, the others take what it finds
+            if self._endpoints and not self._endpoints[0].lost:
+                return
+            if time.monotonic() < self._looks_again:
+                raise ScorerNotFound(self._problem)
+            try:
+                address = find_from_environment(self._identity)
+            except ScorerNotFound as error:
+                self._problem, self._looks_again = str(error), time.monotonic() + LOOK_EVERY / 2
+                raise
+            known = self._endpoints[0] if self._endpoints else None
+            if known is None or (known.url, self._token_file) != (address.url, address.token_file):
+                self._token_file = address.token_file
+                self._endpoints = [Endpoint(address.url, self._configured_token)]
+                self.url = address.url
+            self._endpoints[0].lost = False
+
+    def _configured_token(self) -> str | None:
+        """The token to send now: files are read again after a refusal, because a restarted scorer may have another."""
+        token, path = self._token, self._token_file
+        if token is None and path is None:
+            token, path = os.environ.get("SCORER_AUTH"), os.environ.get("SCORER_TOKEN_FILE")
+        if not token and path:
+            return read_secret(path)
+        return token if token and token != "none" else None
+
+    def _tell(self, seconds: float) -> None:
+        if self.on_wait is not None:
+            self.on_wait(seconds)
+        elif seconds >= SAY_AFTER and time.monotonic() - self._said >= SAY_EVERY:
+            self._said = time.monotonic()
+            print(f"waiting for the scorer, {seconds / 60:.0f} min ({self._problem})", file=sys.stderr, flush=True)
 
 
-def detail(reply: requests.Response) -> str:
-    """The service's own words, on one line."""
-    try:
-        return str(reply.json()["detail"])
-    except (ValueError, KeyError, TypeError):
-        return " ".join(reply.text.split())[:200]
+class _Call:
+    """What the chunks of one call share: when it must be done, and how they reach the calling thread."""
+
+    def __init__(self, tell: Callable[[float], None], deadline: float | None = None) -> None:
+        self.tell = tell
+        self.shared = False  # whether chunks run in threads of their own
+        self.ended = threading.Event()
+        self.news: queue.SimpleQueue = queue.SimpleQueue()  # (chunk, scores or error), (None, seconds waited)
+        self._end = math.inf if deadline is None else time.monotonic() + deadline
+
+    def left(self) -> float:
+        return self._end - time.monotonic()
+
+    def pause(self, waited: float, seconds: float) -> None:
+        """Waits; raises what `tell` raises."""
+        if not self.shared:
+            self.tell(waited)
+            time.sleep(seconds)
+            return
+        self.news.put((None, waited))
+        if self.ended.wait(seconds):
+            raise _Abandoned
 
 
-def retry_after(reply: requests.Response) -> float:
-    """Seconds that the service asks to wait, 0 when it does not say."""
-    value = reply.headers.get("Retry-After", "")
-    return min(float(value), LONGEST_RETRY_AFTER) if value.isdigit() else 0.0
-
-
-def root_cause(error: BaseException) -> str:
-    """The innermost reason of a connection error: "Connection refused", not the whole pool's description."""
-    reason = error.args[0] if error.args else error
-    reason = getattr(reason, "reason", reason)
-    return " ".join(str(reason).split()).rsplit(">: ", 1)[-1][:200]
+def checked(url: str, answer: object, count: int) -> Scores:
+    """The answer as Scores. Raises UserError when it has not exactly `count` usable rows."""
+    if not isinstance(answer, dict):
+        raise UserError(f"scorer {url}: expected a JSON object, got {type(answer).__name__}")
+    columns = {}
+    for key, default in (("rewards", None), ("costs", None), ("errors", [None]), ("truncated", [False])):
+        column = answer.get(key, default * count if default else None)
+        if not isinstance(column, list) or len(column) != count:
+            got = f"{len(column)}" if isinstance(column, list) else "none"
+            raise UserError(f"scorer {url}: asked for {count} {key}, got {got}")
+        columns[key] = column
+    for row in range(count):
+        for key in ("rewards", "costs"):
+            value = columns[key][row]
+            if value is None:
+                if not columns["errors"][row]:
+                    columns["errors"][row] = f"the scorer gave null for {key} and no reason"
+            elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise UserError(f"scorer {url}: {key}[{row}] is {value!r}, expected a finite number or null")
+    return Scores(
+        np.array([math.nan if value is None else value for value in columns["rewards"]], dtype=np.float64),
+        np.array([math.nan if value is None else value for value in columns["costs"]], dtype=np.float64),
+        columns["errors"],
+        [bool(one) for one in columns["truncated"]],
+    )
 
 
 def difference(known: dict, now: dict, path: str = "") -> str:

@@ -115,6 +115,16 @@ class LocalScorer:
         """Whether both models are so small that one CPU core serves them best."""
         return self.device.type == "cpu" and not any(model.large for model in self._models)
 
+    def device_is_broken(self) -> bool:
+        """Whether the GPU can do nothing more for this process, as after an illegal memory access."""
+        if self.device.type != "cuda":
+            return False
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError:
+            return True
+        return False
+
     def score(self, prompts: list[str], responses: list[str], finished: list[bool] | None = None) -> Scores:
         """Scores of N responses, in order. `finished` says which responses end with EOS; all do by default.
 

@@ -42,6 +42,9 @@ class PackedForward:
         self.device = next(model.parameters()).device
         if fp8:
             use_fp8(model.model)
+        # Sums over parts of a product must not be rounded to 16 bits: which parts depends on the number of tokens.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         if self.device.type == "cuda" if compiled is None else compiled:
             for layer in model.model.layers:
                 layer.compile(dynamic=False)

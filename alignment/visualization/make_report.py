@@ -32,7 +32,7 @@ from alignment.visualization.report import answers, judge
 from alignment.visualization.report.answers import ModelAnswers
 from alignment.visualization.report.curves import curves
 from alignment.visualization.report.page import page
-from alignment.visualization.style import model_colours
+from alignment.visualization.style import OTHER_COLOURS, model_colours
 from alignment.visualization.training_runs import Run, load_runs
 
 RATINGS = "alignment/outputs/gpt_elo/gpt_elo_ratings.json"
@@ -110,6 +110,7 @@ def collect(config: Config, command: str) -> tuple[dict, dict]:
             for model in models
         ],
         "colours": {name: [colour, on_dark(colour)] for name, colour in colours.items()},
+        "palette": [[colour, on_dark(colour)] for colour in OTHER_COLOURS],
         "measures": [{"key": key, "label": label, "unit": unit} for key, (label, unit) in MEASURES.items()],
         "comparisons": comparisons(models, config.lambda_cost, notes),
         "curves": curves(runs),

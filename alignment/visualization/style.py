@@ -40,7 +40,7 @@ MODEL_COLOURS = {
     "before": "#6b6b6b",
     "after": "#c8500a",
 }
-OTHER_COLOURS = ("#cc79a7", "#009e73", "#e69f00", "#0072b2", "#d55e00", "#56b4e9", "#8f6bb1", "#7a5c2e")
+OTHER_COLOURS = ("#cc79a7", "#009e73", "#e69f00", "#0072b2", "#d55e00", "#56b4e9", "#882255", "#7a5c2e")
 
 # backgrounds of the quadrants: safe blue-green, unsafe orange-red, the helpful half stronger
 QUADRANT_SHADES = {"SH": "#d7ede4", "SU": "#eef6f8", "UH": "#fbe3d0", "UU": "#fdf3ec"}

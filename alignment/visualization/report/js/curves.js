@@ -1,6 +1,6 @@
 // Training curves: one Bokeh figure a panel, drawn when the section comes into sight.
 
-const curveFigures = [];
+const curveViews = []; // promises of what is drawn, to be taken away when it is drawn anew
 
 function buildCurves(body) {
   const { curves } = data;
@@ -26,24 +26,23 @@ function buildCurves(body) {
 
 function drawCurves() {
   const axis = byId("curve-axis").value;
-  curveFigures.length = 0;
+  for (const view of curveViews.splice(0)) view.then((drawn) => drawn.remove());
   for (const panel of data.curves.panels) {
+    const lines = data.curves.lines.filter((line) => line.key === panel.key && line.over[axis]);
+    const place = byId("curve-" + panel.key);
+    place.replaceChildren(...(lines.length ? [] : [el("p", { class: "faint" }, "no values")]));
+    if (!lines.length) continue;
     const figure = Bokeh.Plotting.figure({
       height: 240, sizing_mode: "stretch_width", tools: "pan,wheel_zoom,box_zoom,reset,save", x_axis_label: data.curves.axes[axis],
     });
     figure.toolbar.logo = null;
     figure.toolbar.autohide = true;
-    for (const line of data.curves.lines) {
-      if (line.key === panel.key && line.over[axis]) drawLine(figure, line, line.over[axis]);
-    }
+    for (const line of lines) drawLine(figure, line, line.over[axis]);
     if (panel.key === "cost_mean") {
       figure.add_layout(new Bokeh.Span({ location: 0, dimension: "width", line_color: "#888888", line_dash: "dashed" }));
     }
-    curveFigures.push(figure);
     themeFigure(figure);
-    const place = byId("curve-" + panel.key);
-    place.replaceChildren();
-    Bokeh.Plotting.show(figure, place);
+    curveViews.push(Bokeh.Plotting.show(figure, place));
   }
   const labels = [...new Map(data.curves.lines.map((line) => [line.label, line.runs]))];
   byId("curve-legend").replaceChildren(

@@ -2,11 +2,12 @@
 
 const detail = { steps: null, place: 0, back: null, extra: null, onchange: () => {} };
 
-/** Opens the drawer on a point; `steps` are the points that "previous" and "next" walk through. */
-function openPoint(i, steps, extra) {
-  detail.steps = steps || [i];
-  detail.place = Math.max(detail.steps.indexOf(i), 0);
-  detail.extra = extra || null;
+/**
+ * Opens the drawer on the point steps[place]; "previous" and "next" walk through `steps`. `extra(place)` may give a node to
+ * stand between prompt and answers.
+ */
+function openPoint(place, steps, extra = null) {
+  Object.assign(detail, { place, steps, extra });
   detail.back ??= document.activeElement;
   showDetail();
 }
@@ -50,7 +51,7 @@ function showDetail() {
     if (categories) parts.push(el("p", { class: "faint" }, categories));
     parts.push(folded(texts.prompts[prompt], !view.promptsShown, "prompt", filters.where === "response" ? "" : filters.needle));
   }
-  if (detail.extra) parts.push(detail.extra(point));
+  if (detail.extra) parts.push(detail.extra(detail.place));
   const absent = data.models.filter((_, m) => !answers.some((i) => points.model[i] === m)).map((model) => model.name);
   if (absent.length && prompt >= 0) parts.push(el("p", { class: "faint" }, "No saved answer: " + absent.join(", ")));
   parts.push(el("div", { class: "cards" }, ...answers.map((i) => card(i, i === point))));
@@ -103,7 +104,7 @@ function promptLine(prompt, needle) {
 
 const lists = [];
 
-/** A list in pages of 50. `row(item)` gives a row's content, `open(item, items)` is what choosing it does. */
+/** A list in pages of 50. `row(item)` gives a row's content, `open(place, items)` is what choosing one does. */
 function pagedList(container, row, open) {
   const SIZE = 50;
   const list = { items: [], page: 0 };
@@ -114,8 +115,8 @@ function pagedList(container, row, open) {
       list.page += by;
       list.draw();
     };
-    const rows = shown.map((item) =>
-      el("li", null, el("button", { type: "button", onclick: (event) => choose(event, item) }, ...row(item))),
+    const rows = shown.map((item, k) =>
+      el("li", null, el("button", { type: "button", onclick: (event) => choose(event, list.page * SIZE + k) }, ...row(item))),
     );
     container.replaceChildren(
       el("div", { class: "pager" },
@@ -125,11 +126,11 @@ function pagedList(container, row, open) {
       el("ol", { class: "rows", onkeydown: walk, hidden: !rows.length }, ...rows),
     );
   };
-  const choose = (event, item) => {
+  const choose = (event, place) => {
     container.querySelectorAll("[aria-current]").forEach((other) => other.removeAttribute("aria-current"));
     event.currentTarget.setAttribute("aria-current", "true");
     detail.back = event.currentTarget;
-    open(item, list.items);
+    open(place, list.items);
   };
   list.set = (items) => {
     list.items = items;

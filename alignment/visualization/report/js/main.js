@@ -4,7 +4,7 @@ const list = pagedList(byId("list"),
   (i) => [
     el("span", null, dot(modelColour(points.model[i])), data.models[points.model[i]].name, " "), quadrantTag(points.quadrant[i]),
     el("small", null, "  R " + number(points.reward[i]) + "  C " + number(points.cost[i])), promptLine(points.prompt[i], filters.needle)],
-  (i, items) => openPoint(i, items));
+  openPoint);
 
 function refresh() {
   const chosen = passing();
@@ -91,10 +91,7 @@ function buildMovers(body) {
     return [quadrantTag(points.quadrant[a]), " → ", quadrantTag(points.quadrant[b]),
       el("small", null, "  R " + number(points.reward[b] - points.reward[a], 2, true) + "  C " + number(points.cost[b] - points.cost[a], 2, true)),
       promptLine(prompt, "")];
-  }, (prompt, items) => {
-    const point = (p) => answerAt[p * NUM_MODELS + places()[1]];
-    openPoint(point(prompt), items.map(point));
-  });
+  }, (place, items) => openPoint(place, items.map((prompt) => answerAt[prompt * NUM_MODELS + places()[1]])));
   function fill() {
     const [a, b] = places();
     const cells = {};
@@ -128,19 +125,20 @@ function buildDisagreements(body) {
   const model = (name) => data.models.findIndex((one) => one.name === name);
   for (const [dimension, part] of dimensions) {
     const scorer = dimension === "helpfulness" ? "reward" : "−cost";
-    const place = el("div");
+    const list = el("div");
     body.append(el("h3", null, dimension[0].toUpperCase() + dimension.slice(1)),
       el("p", null, count(part.total) + " of " + count(part.judged) + " judged pairs whose answers are here; " +
-        (part.rows.length < part.total ? "the " + part.rows.length + " strongest, by both differences" : "strongest first")), place);
+        (part.rows.length < part.total ? "the " + part.rows.length + " strongest, by both differences" : "strongest first")), list);
     const gap = (one, who) => one.models.map((name, k) => name + " " + number(one[who][k])).join(" : ");
-    const replies = (one) => () => el("details", null, el("summary", null, "show the judge's words"),
+    const verdicts = (one) => [el("strong", null, "judge "), gap(one, "judge"), el("small", null, "   " + scorer + " " + gap(one, "scorer"))];
+    const words = (one) => el("details", null, el("summary", null, "show the judge's words"),
       ...one.replies.flatMap((reply) => [el("p", { class: "faint" }, "A is " + reply.shown_first), el("div", { class: "plain", dir: "auto" }, reply.text)]));
-    pagedList(place, (one) => [
-      el("strong", null, "judge "), gap(one, "judge"), el("small", null, "   " + scorer + " " + gap(one, "scorer")), promptLine(one.prompt, "")],
-      (one) => {
-        const pair = one.models.map((name) => answerAt[one.prompt * NUM_MODELS + model(name)]);
-        openPoint(pair[0], pair, replies(one));
-      }).set(part.rows);
+    const preferred = (one) => one.models[one.judge[0] > one.judge[1] ? 0 : 1];
+    pagedList(list, (one) => [...verdicts(one), promptLine(one.prompt, "")], (place, items) => openPoint(
+      place,
+      items.map((one) => answerAt[one.prompt * NUM_MODELS + model(preferred(one))]),
+      (at) => el("div", null, el("p", null, ...verdicts(items[at])), words(items[at])),
+    )).set(part.rows);
   }
 }
 
@@ -157,7 +155,7 @@ function recolour() {
   document.querySelectorAll("#filters .models .dot").forEach((node, m) => (node.style.background = modelColour(m)));
   drawScatter(list.items);
   lists.forEach((one) => one.draw());
-  if (curveFigures.length) drawCurves();
+  if (curveViews.length) drawCurves();
   showDetail();
 }
 

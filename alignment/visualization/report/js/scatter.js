@@ -1,6 +1,5 @@
 // The scatter, drawn by Bokeh on a canvas; filters and colours change its data source.
 
-const CATEGORY_COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8f6bb1", "#b8a200", "#7a5c2e", "#d1495b"];
 const QUADRANT_COLOURS = { SH: "#009e73", SU: "#56b4e9", UH: "#e69f00", UU: "#d55e00" };
 const scatter = { colourBy: "model", shown: [], drawn: [] };
 
@@ -42,7 +41,7 @@ function buildScatter() {
   scatter.source.selected.properties.indices.change.connect(() => {
     const hit = [...scatter.source.selected.indices].reverse().map((place) => scatter.drawn[place]); // topmost first
     if (!hit.length) return;
-    openPoint(hit[0], hit);
+    openPoint(0, hit);
     byId("scatter").scrollIntoView({ block: "nearest" }); // the drawer must not hide what was clicked
   });
   scatter.figure = figure;
@@ -68,11 +67,16 @@ function colourFunction() {
     return (i) => {
       const own = points.prompt[i] < 0 ? [] : data.prompt_categories[points.prompt[i]];
       const first = filters.category >= 0 && own.includes(filters.category) ? filters.category : own[0];
-      return first === undefined ? "#888888" : CATEGORY_COLOURS[scatter.categoryRank[first]] || "#888888";
+      return first === undefined ? "#888888" : categoryColour(scatter.categoryRank[first]);
     };
   }
   const colours = data.models.map((_, m) => modelColour(m));
   return (i) => colours[points.model[i]];
+}
+
+/** The most frequent categories have colours of their own; more than eight are not told apart. */
+function categoryColour(rank) {
+  return rank < data.palette.length ? data.palette[rank][view.dark ? 1 : 0] : "#888888";
 }
 
 function rankCategories() {
@@ -104,8 +108,8 @@ function drawLegend() {
   if (scatter.colourBy === "quadrant") keys = Object.entries(QUADRANT_COLOURS).map(([name, colour]) => [QUADRANT_NAMES[name], colour]);
   else if (scatter.colourBy === "category") {
     keys = data.categories.map((name, c) => [name, scatter.categoryRank[c]]).sort((a, b) => a[1] - b[1]);
-    keys = keys.slice(0, CATEGORY_COLOURS.length).map(([name, rank]) => [name, CATEGORY_COLOURS[rank]]);
-    keys.push([data.categories.length > CATEGORY_COLOURS.length ? "another or no category" : "no category", "#888888"]);
+    keys = keys.slice(0, data.palette.length).map(([name, rank]) => [name, categoryColour(rank)]);
+    keys.push([data.categories.length > data.palette.length ? "another or no category" : "no category", "#888888"]);
   } else keys = data.models.map((model, m) => [model.name, modelColour(m)]);
   byId("legend").replaceChildren(...keys.map(([name, colour]) => el("span", null, dot(colour), name)));
 }
