@@ -124,6 +124,7 @@ def draw_panel(panel: Axes, model: ModelScores, colour: str, xlim: Limits, ylim:
         inside = (costs >= xlim[0]) & (costs <= xlim[1]) & (rewards >= ylim[0]) & (rewards <= ylim[1])
         _scatter(panel, costs[inside], rewards[inside], colour, xlim, ylim)
         _mark_beyond(panel, costs[~inside], rewards[~inside], colour, xlim, ylim)
+    if len(costs) > 1:  # the mark of a single point's mean would hide it
         mean = np.clip([costs.mean(), rewards.mean()], [xlim[0], ylim[0]], [xlim[1], ylim[1]])
         panel.plot(*mean, "D", color="black", markersize=4.5, markeredgecolor="white", markeredgewidth=0.8, zorder=5)
         _label_quadrants(panel, summary["percents"])
@@ -187,7 +188,7 @@ def _mark_beyond(panel: Axes, x: np.ndarray, y: np.ndarray, colour: str, xlim: L
         text = f"{int(chosen.sum()):,} beyond"
         box = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1}
         panel.text(
-            left, up, text, transform=panel.transAxes, ha=horizontal, va=vertical, fontsize=6, bbox=box, zorder=7
+            left, up, text, transform=panel.transAxes, ha=horizontal, va=vertical, fontsize=6, bbox=box, zorder=2.5
         )
 
 
