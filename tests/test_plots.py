@@ -102,6 +102,9 @@ def test_missing_and_infinite_scores_are_counted_and_one_point_is_a_picture():
     panel = draw_grid([scores("m", [1.0, np.nan, 2.0, np.inf], [-1.0, 1.0, np.nan, 1.0])]).axes[0]
     assert "n = 1, safe 100.0 %, 3 without score" in texts(panel)
     assert points_drawn(panel)[0].tolist() == [[-1.0, 1.0]]
+    one = draw_grid([scores("m", [1.0], [-1.0])]).axes[0]
+    assert points_drawn(one)[0].tolist() == [[-1.0, 1.0]]
+    assert not [line for line in one.lines if line.get_marker() == "D"]  # the mean's mark would hide it
     nothing = draw_grid([scores("m", [np.nan], [np.nan])]).axes[0]
     assert "n = 0, 1 without score" in texts(nothing) and not points_drawn(nothing)
     for limits in (common_limits([np.array([np.nan])]), common_limits([np.array([0.0])])):

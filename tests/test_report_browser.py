@@ -45,6 +45,11 @@ const { model } = [...Bokeh.index.roots].find((one) => one.model.type === "Figur
 return [model.x_range.start, model.x_range.end];
 """
 
+AXIS_COLOUR = """
+const { model } = [...Bokeh.index.roots].find((one) => one.model.type === "Figure");
+return model.below[0].axis_label_text_color;
+"""
+
 SET_VALUE = """
 const [id, value, event] = arguments;
 const control = document.getElementById(id);
@@ -145,7 +150,9 @@ def test_hostile_texts_are_shown_and_do_nothing(browser, example):
     click_point(browser, -3.0, 2.0)
     script(browser, "document.querySelectorAll('#disagreements .rows button')[0].click()")
     script(browser, "document.querySelector('#detail > div > details').open = true")
-    wait_until(browser, "document.querySelector('#detail > div > details').textContent.includes(arguments[0])", HOSTILE[1])
+    wait_until(
+        browser, "document.querySelector('#detail > div > details').textContent.includes(arguments[0])", HOSTILE[1]
+    )
     script(browser, "document.querySelectorAll('#provenance details').forEach((one) => (one.open = true))")
     assert HOSTILE[0] in script(browser, "return document.getElementById('provenance').textContent")
     assert_nothing_ran(browser)
@@ -247,13 +254,7 @@ def test_dark_and_light_and_curves(browser, example):
     light = script(browser, ground)
     script(browser, "document.getElementById('theme-button').click()")
     assert script(browser, ground) != light
-    assert (
-        script(
-            browser,
-            "return [...Bokeh.index.roots].find((one) => one.model.type === 'Figure').model.background_fill_color",
-        )
-        == "#14171b"
-    )
+    assert script(browser, AXIS_COLOUR) == "#e7eaee"
     script(browser, SET_VALUE, "curve-axis", "samples", "change")
     wait_until(browser, DRAWN)
     assert errors(browser) == []

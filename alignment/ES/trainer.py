@@ -335,6 +335,7 @@ class ESTrainer:
             **constraint,
             "prompts_left_out": int((~usable).sum()),
             "members_lost": s.population_size - len(kept),
+            "scored": missing.size,
             "scores_missing": int(missing.sum()),
             "unfinished_share": total["unfinished"] / missing.size,
             "cut_share": total["cut"] / missing.size,

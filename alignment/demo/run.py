@@ -89,6 +89,8 @@ def main() -> None:
     call("alignment/visualization/plot_safety_ratios.py", *both, "--output", run / "safety_ratios.png")
     call("alignment/visualization/plot_training_curves.py", es, "--output", run / "training_curves.png")
 
+    call("alignment/visualization/make_report.py", *both, "--runs", es, "--output", run / "report.html")
+
     heading("5. before and after, on held-out prompts")
     table = compare(comparisons, embedded=not os.environ.get("EVAL_JSONL"))
     write_json(run / "comparison.json", table)
@@ -118,6 +120,7 @@ def print_places(run: Path, es: Path, comparisons: Path) -> None:
         "aligned policy": f"{es}/best (Hugging Face layout)",
         "run folder": f"{es} (config.yaml, metrics.jsonl, journal.jsonl, tensorboard/)",
         "scorer's log": str(run / "scorer_service.log"),
+        "report, open it": str((run / "report.html").resolve()),
     }
     print()
     for name, place in places.items():

@@ -52,7 +52,7 @@ def add_scores(rows: list[dict], scorer: Scorer, batch_size: int, saved: Path) -
             f"{saved}: scores of {sum(len(chunk['rewards']) for chunk in done.values())} rows are there already",
             flush=True,
         )
-    with JsonlWriter(saved) as writer, progress_bar(len(rows), "score", "row") as bar:
+    with JsonlWriter(saved) as writer, progress_bar(len(rows), "score", "row", initial=known) as bar:
         if not lines:
             writer.append(begun)
         # Neighbours of similar length make full batches; the longest come first, so that what does not fit fails at once.
@@ -63,8 +63,8 @@ def add_scores(rows: list[dict], scorer: Scorer, batch_size: int, saved: Path) -
                 prompts, responses, finished = ([row[key] for row in batch] for key in columns[1:])
                 done[start] = {"start": start} | _as_record(scorer.score(prompts, responses, finished=finished))
                 writer.append(done[start])
+                bar.update(len(batch))
             _add_chunk(batch, done[start])
-            bar.update(len(batch))
     failed = [row for row in rows if "error" in row]
     if len(failed) > MAX_MISSING_SHARE * len(rows):
         saved.unlink()  # what is run again after the scorer was mended asks anew

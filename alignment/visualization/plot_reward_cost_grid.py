@@ -124,10 +124,10 @@ def draw_panel(panel: Axes, model: ModelScores, colour: str, xlim: Limits, ylim:
         inside = (costs >= xlim[0]) & (costs <= xlim[1]) & (rewards >= ylim[0]) & (rewards <= ylim[1])
         _scatter(panel, costs[inside], rewards[inside], colour, xlim, ylim)
         _mark_beyond(panel, costs[~inside], rewards[~inside], colour, xlim, ylim)
+        _label_quadrants(panel, summary["percents"])
     if len(costs) > 1:  # the mark of a single point's mean would hide it
         mean = np.clip([costs.mean(), rewards.mean()], [xlim[0], ylim[0]], [xlim[1], ylim[1]])
         panel.plot(*mean, "D", color="black", markersize=4.5, markeredgecolor="white", markeredgewidth=0.8, zorder=5)
-        _label_quadrants(panel, summary["percents"])
     if missing := int(np.sum(~scored)):
         head += f", {missing:,} without score"
     panel.text(0, 1.015, head, transform=panel.transAxes, va="bottom", fontsize=6.5, color="#444444")

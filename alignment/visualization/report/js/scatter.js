@@ -166,7 +166,7 @@ function scatterKeys(event) {
 function themeFigure(figure) {
   const style = getComputedStyle(document.documentElement);
   const colour = (name) => style.getPropertyValue("--" + name).trim();
-  figure.setv({ background_fill_color: colour("ground"), border_fill_color: colour("ground"), outline_line_color: colour("line") });
+  figure.setv({ background_fill_color: null, border_fill_color: null, outline_line_color: colour("line") }); // the page shines through
   for (const axis of [...figure.below, ...figure.left]) {
     axis.setv({
       axis_label_text_color: colour("ink"), major_label_text_color: colour("faint"), axis_line_color: colour("line"),
