@@ -271,7 +271,7 @@ def test_published_points_are_accepted(goldens, tmp_path, scorer_flags):
 
 @pytest.mark.slow
 def test_stored_generations_are_scored_summarised_and_compared(goldens, tmp_path):
-    """Measured on all 3,036 rows of both models: 97 s of wall time on a shared two-core machine, 51 s of one core."""
+    """Measured on all 3,036 rows of both models: 51 s of wall time, one of two cores busy."""
     models = [f"--{kind}_model={goldens / 'score_model' / kind}" for kind in ("reward", "cost")]
     for name in ("Alpaca-7B", "Beaver-V1"):
         source = first_published_rows(goldens, tmp_path, name, 300)
@@ -427,9 +427,11 @@ def test_texts_that_no_tokenizer_can_read_are_named(tmp_path, scorer_flags):
         {"prompt": "ok", "response": "a\udfff"},
         {"prompt": "\ud800", "response": "b"},
         {"prompt": "x", "response": 1},
+        {"prompt": None, "response": "y"},
+        {"response": "no prompt"},
     ):
         write_jsonl(source, [row])
-        with pytest.raises(UserError, match=r"given.jsonl: .*(half of a character|must be text)"):
+        with pytest.raises(UserError, match=r"given.jsonl:.*(half of a character|must be text|'prompt' is missing)"):
             script.main(["--responses_from", str(source), "--output_dir", str(tmp_path), *scorer_flags])
 
 

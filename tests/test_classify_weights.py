@@ -2,9 +2,12 @@
 
 import importlib.util
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
+from fake_scorer import FakeScorer
 
 from alignment.errors import UserError
 from alignment.ES.journal import Journal
@@ -116,6 +119,20 @@ def test_an_iteration_is_rebuilt_from_its_journal(tiny_policy, tmp_path):
         open_policy(config(tiny_policy, journal=f"{tmp_path}/run/journal.jsonl@4"))
     with pytest.raises(UserError, match="does not hold the base weights that .*journal.jsonl was begun from"):
         open_policy(config(tmp_path / "saved1", journal=f"{tmp_path}/run/journal.jsonl@1"))
+
+
+@pytest.mark.slow
+def test_the_journal_of_a_real_run(tiny_policy, tmp_path):
+    for name in ("train", "eval"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}"} for i in range(3)])
+    flags = "--num_iterations 2 --population_size 4 --batch_size 2 --max_new_tokens 4 --sigma 0.02 --alpha 0.05".split()
+    files = ["--train_jsonl", tmp_path / "train.jsonl", "--eval_jsonl", tmp_path / "eval.jsonl"]
+    with FakeScorer() as scorer:
+        where = ["--policy_model_path", tiny_policy, "--scorer_url", scorer.url, "--experiment_dir", tmp_path / "run"]
+        script_file = "alignment/ES/es-fine-tuning_alignment_accl_api.py"
+        subprocess.run([sys.executable, script_file, *map(str, where + files), *flags], check=True, capture_output=True)
+    rebuilt = open_policy(config(tiny_policy, journal=f"{tmp_path}/run/journal.jsonl@2"))[1]
+    assert rebuilt == open_policy(config(tmp_path / "run" / "final"))[1]
 
 
 def test_a_journal_of_adapters_names_what_they_stand_on(tiny_policy, tmp_path):

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from alignment.config import load_config, setting
 from alignment.errors import UserError, run_main
-from alignment.ES.journal import read_journal
 from alignment.records import write_json
 from alignment.runs import atomic_directory
 
@@ -40,31 +39,16 @@ def main() -> None:
         epilog="example: rebuild_checkpoint.py --journal runs/es1/journal.jsonl --iteration 120 "
         "--policy_model_path models/alpaca-7b --output rebuilt/es1-120",
     )
-    start, steps = read_journal(Path(settings.journal))
-    iteration = len(steps) if settings.iteration is None else settings.iteration
-    if iteration > len(steps):
-        raise UserError(f"{settings.journal} has {len(steps)} steps, fewer than --iteration {iteration}")
-
-    from alignment.ES.weights import open_weights
+    from alignment.ES.replay import replay
     from alignment.generation import TransformersEngine
 
     engine = TransformersEngine(settings.policy_model_path, dtype="float32")
-    weights = open_weights(
-        engine, start["settings"] | {"policy_model_path": settings.policy_model_path, "master_device": "cpu"}
-    )
-    if weights.hash() != start["base_weights"]:
-        raise UserError(
-            f"{settings.policy_model_path} does not hold the base weights that {settings.journal} was begun from "
-            f"({weights.hash()[:12]}, not {start['base_weights'][:12]})"
-        )
-    for step in steps[:iteration]:
-        weights.step(step["seeds"], step["coefficients"])
-    weights.restore()
-    lambda_state = steps[iteration - 1]["lambda_state"] if iteration else None
+    weights, steps = replay(engine, settings.policy_model_path, Path(settings.journal), settings.iteration)
+    lambda_state = steps[-1]["lambda_state"] if steps else None
     with atomic_directory(settings.output) as folder:
         engine.save_pretrained(folder, weights.master)
-        write_json(folder / "trainer_state.json", {"iteration": iteration, "lambda_state": lambda_state})
-    print(f"{settings.output}: the policy after {iteration} of {len(steps)} steps")
+        write_json(folder / "trainer_state.json", {"iteration": len(steps), "lambda_state": lambda_state})
+    print(f"{settings.output}: the policy after {len(steps)} steps")
 
 
 if __name__ == "__main__":

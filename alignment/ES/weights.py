@@ -21,7 +21,8 @@ from alignment.generation import Engine
 from alignment.scoring.checkpoint import resolve_folder
 
 try:
-    from alignment.ES import kernels
+    # Not called kernels.py: a script's folder comes first on Python's path, and transformers imports a package `kernels`.
+    from alignment.ES import noise_kernels as kernels
 except ImportError:  # no Triton on this machine: the PyTorch path does it
     kernels = None
 
@@ -111,7 +112,7 @@ class MasterWeights:
 
 
 class KernelWeights(MasterWeights):
-    """On a GPU with Triton: each parameter in one pass over memory (kernels.py), the same bits as MasterWeights.
+    """On a GPU with Triton: each parameter in one pass over memory (noise_kernels.py), the same bits as MasterWeights.
 
     The master lies on `device`: the engine's, or the CPU where the GPU's memory is short; it is then sent over a parameter
     at a time.

@@ -45,20 +45,17 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from alignment.config import load_config, setting
-from alignment.conversation import get_template, load_tokenizer
+from alignment.conversation import load_tokenizer
 from alignment.demo.data import KINDS, TOPICS, DemoData, Prompt, demo_data, write_answer
+from alignment.demo.vocabulary import BOS, EOS, TEMPLATE, train_tokenizer
 from alignment.errors import run_main
 from alignment.records import read_json, write_json, write_jsonl
 from alignment.runs import atomic_directory
 from alignment.scoring.score_model import ScoreModel, at_end
-
-TEMPLATE = get_template("pku")
-BOS, EOS = 1, 2
 
 
 @dataclass(frozen=True)
@@ -143,43 +140,9 @@ def _versions() -> dict[str, str]:
 def _build_key(seed: int, recipe: Recipe) -> str:
     """A hash of all that decides what is built."""
     here = Path(__file__).parent
-    code = [path.read_text() for path in (here / "build.py", here / "data.py", here / "phrases.py")]
+    code = [(here / f"{name}.py").read_text() for name in ("build", "data", "phrases", "vocabulary")]
     content = json.dumps([seed, dataclasses.asdict(recipe), _versions(), code])
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def train_tokenizer(data: DemoData, vocabulary: int) -> PreTrainedTokenizerFast:
-    """A BPE tokenizer shaped like LLaMA's (unk 0, BOS 1, EOS 2, 256 bytes, pieces, padding last), from the training text."""
-    split = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Punctuation(behavior="isolated")]
-    )
-    texts = [TEMPLATE.render(row["prompt"]) + row[f"response_{i}"] for row in data.train_pairs for i in (0, 1)]
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = split
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary - len(special) - 1, show_progress=False)
-    learner.train_from_iterator(texts, trainer)
-    learnt = json.loads(learner.to_str())["model"]
-    pieces = special + sorted(learnt["vocab"], key=learnt["vocab"].get) + ["<pad>"]
-    model = models.BPE(
-        vocab={piece: index for index, piece in enumerate(pieces)},
-        merges=[tuple(merge) for merge in learnt["merges"]],
-        byte_fallback=True,
-        unk_token="<unk>",
-        fuse_unk=True,
-    )
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = split
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        padding_side="right",
-    )
 
 
 def _llama_config(tokenizer, hidden: int, layers: int, heads: int, init_std: float, **more) -> LlamaConfig:

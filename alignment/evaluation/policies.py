@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from alignment.errors import UserError
-from alignment.ES.journal import read_journal
-from alignment.ES.weights import open_weights
+from alignment.ES.replay import replay
 from alignment.generation import Engine, TransformersEngine
 
 if TYPE_CHECKING:
@@ -117,26 +116,9 @@ def load_journal(engine: Engine, base: str, text: str) -> str:
     `text` is FILE@ITER. Raises UserError when the journal is shorter, began from other weights, or is one of a drifting run.
     """
     path, iteration = parse_journal(text)
-    start, steps = read_journal(path)
-    settings = start["settings"]
-    if iteration > len(steps):
-        raise UserError(f"--journal {text}: {path} has {len(steps)} steps")
-    if settings["noise"] == "reference":
-        raise UserError(
-            f"--journal {text}: a run with noise: reference drifts, and its journal does not tell how; give a checkpoint that "
-            "it saved as --policy_model_path"
-        )
-    adapters = settings["lora_rank"] is not None
-    base_hash = engine.weights_hash() if adapters else ""
-    weights = open_weights(engine, settings | {"policy_model_path": base, "master_device": "cpu"})
-    if weights.hash() != start["base_weights"]:
-        raise UserError(
-            f"--policy_model_path {base} does not hold the base weights that {path} was begun from "
-            f"({weights.hash()[:12]}, not {start['base_weights'][:12]})"
-        )
-    for step in steps[:iteration]:
-        weights.step(step["seeds"], step["coefficients"])
-    weights.restore()  # the engine gets the master, rounded once to its dtype
     # With adapters the engine's weights are theirs alone: what they stand on belongs to the hash as well.
+    base_hash = engine.weights_hash()
+    replay(engine, base, path, iteration)
     own = engine.weights_hash()
+    adapters = any("lora_" in name for name in engine.parameters())
     return hashlib.sha256((base_hash + own).encode()).hexdigest() if adapters else own

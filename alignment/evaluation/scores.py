@@ -47,11 +47,9 @@ def add_scores(rows: list[dict], scorer: Scorer, batch_size: int, saved: Path) -
         saved.unlink()
         lines = []
     done = {chunk["start"]: chunk for chunk in lines[1:]}
-    if done:
-        print(
-            f"{saved}: scores of {sum(len(chunk['rewards']) for chunk in done.values())} rows are there already",
-            flush=True,
-        )
+    known = sum(len(chunk["rewards"]) for chunk in done.values())
+    if known:
+        print(f"{saved}: scores of {known} of {len(rows)} rows are there already", flush=True)
     with JsonlWriter(saved) as writer, progress_bar(len(rows), "score", "row", initial=known) as bar:
         if not lines:
             writer.append(begun)

@@ -35,6 +35,7 @@ function buildScatter() {
   });
   figure.add_tools(new Bokeh.HoverTool({
     renderers: [marks],
+    limit: 3, // where many points lie upon each other, a column of all of them would hide the page
     tooltips: [["model", "@model"], ["quadrant", "@quadrant"], ["reward", "@y{0.00}"], ["cost", "@x{0.00}"]],
   }));
   figure.toolbar.tools.filter((tool) => tool.type === "TapTool").forEach((tool) => (tool.renderers = [marks]));
