@@ -137,6 +137,7 @@ def scorer_service(models: Path, run: Path) -> Iterator[str]:
         **os.environ,
         "REWARD_MODEL": str(models / "reward"),
         "COST_MODEL": str(models / "cost"),
+        "SCORER_PROBES": str(models / "probes.json"),
         "HOST": "127.0.0.1",
         "PORT": "0",
         "SCORER_ADDRESS_FILE": str(address_file),
