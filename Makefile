@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+TEST_JOBS ?= 2
 
 BIN := $(VENV)/bin
 EMPTY :=
@@ -29,10 +30,10 @@ demo: $(INSTALLED)
 	$(BIN)/python alignment/demo/run.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(TEST_JOBS) -m "not slow"
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -m "slow and not slurm"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

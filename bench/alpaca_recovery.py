@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from alignment.alpaca.integrity import SUMS_FILE, file_sha256
-from alignment.alpaca.pairing import expected_shapes
+from alignment.alpaca.llama_config import read_llama_config
 from alignment.alpaca.shards import BLOCK, as_bytes, index_text, safetensors_header
 from alignment.config import load_config, setting
 from alignment.errors import run_main
@@ -158,15 +158,13 @@ def widths(layers: int, hidden: int = 4096, mlp: int = 11008, vocabulary: int = 
 
 def make_pair(folder: Path, config: dict, shards: int, kind: str, sums: bool = False) -> tuple[Path, Path]:
     """Writes a base (float16) and a difference (float32, one row more) in `shards` files each: folders `base` and `diff`."""
-    from transformers import LlamaConfig
-
     for name, dtype, rows in (("base", torch.float16, 0), ("diff", torch.float32, 1)):
         own = {**config, "vocab_size": config["vocab_size"] + rows, "torch_dtype": str(dtype).removeprefix("torch.")}
         target = folder / name
         target.mkdir()
         (target / "config.json").write_text(json.dumps(own))
         (target / "tokenizer.json").write_text("{}")
-        _write_weights(target, expected_shapes(LlamaConfig(**own)), dtype, shards, kind)
+        _write_weights(target, read_llama_config(target).shapes(), dtype, shards, kind)
         if sums:
             files = sorted(target.glob("*.safetensors"))
             (target / SUMS_FILE).write_text("".join(f"{file_sha256(file)}  {file.name}\n" for file in files))

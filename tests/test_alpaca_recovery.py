@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alignment.alpaca.integrity import MANIFEST, SUMS_FILE, file_sha256, published_check, rotary_table_sum
-from alignment.alpaca.pairing import EMBEDDINGS, HEAD, expected_shapes, load_model_config
+from alignment.alpaca.llama_config import EMBEDDINGS, HEAD, LlamaConfig, read_llama_config
 from alignment.alpaca.recover_alpaca_weights import Settings, recover
 from alignment.alpaca.shards import WeightFolder, index_text
 from alignment.alpaca.work_folder import PROGRESS
@@ -62,10 +62,11 @@ def write_folder(
 
 
 def tiny_tensors(seed: int, rows: int, dtype: torch.dtype, config: dict = CONFIG) -> dict[str, torch.Tensor]:
-    from transformers import LlamaConfig
-
     generator = torch.Generator().manual_seed(seed)
-    shapes = expected_shapes(LlamaConfig(**{**config, "vocab_size": rows}))
+    sizes = {
+        name: config[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+    }
+    shapes = LlamaConfig(**sizes, vocab_size=rows).shapes()
     return {name: torch.randn(shape, generator=generator).mul_(0.05).to(dtype) for name, shape in shapes.items()}
 
 
@@ -203,6 +204,27 @@ def test_a_difference_in_float16_is_added_in_float32(pair):
     pair.diff_tensors = {name: tensor.half() for name, tensor in pair.diff_tensors.items()}
     recover(pair.write().settings())
     assert same(pair.tuned(), pair.expected())
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"num_key_value_heads": 1}, {"head_dim": 12}, {"tie_word_embeddings": True}, {"rope_theta": 5e5}]
+)
+def test_names_and_shapes_are_those_of_transformers(tmp_path, more):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **more}))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    ours = read_llama_config(tmp_path)
+    assert list(ours.shapes().items()) == [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
+    model.config.save_pretrained(tmp_path)  # the same in the words of transformers 5
+    assert read_llama_config(tmp_path) == ours
+
+
+def test_a_config_of_the_wrong_kind_is_named(pair):
+    pair.base_config["hidden_size"] = "16"
+    with pytest.raises(UserError, match="base/config.json: hidden_size is '16'"):
+        recover(pair.write().settings())
 
 
 # ---- what can be wrong with the pair
@@ -385,13 +407,11 @@ def test_a_file_cut_short_is_named(pair, kind):
 
 
 def test_the_rotary_table_of_7b():
-    from transformers import LlamaConfig
-
     assert rotary_table_sum(LlamaConfig()) == pytest.approx(7.459954261779785, abs=1e-6)
 
 
 def test_the_published_sum_is_explained(goldens):
-    config = load_model_config(goldens / "alpaca" / "diff")
+    config = read_llama_config(goldens / "alpaca" / "diff")
     sums = json.loads((goldens / "alpaca" / "expected.json").read_text())["per_tensor_sum"]
     today = published_check(list(sums), sums, config)
     assert not today.passed and "expected 50637.1836" in today.verdict
@@ -474,12 +494,12 @@ def test_kill_9_in_the_middle_and_again(pair):
     # The tenth tensor never gets done: the process dies with a shard half-written.
     kill = (
         "import os, signal\nimport alignment.alpaca.recover_alpaca_weights as script\n"
-        "add, calls = script.add_into, []\n"
+        "add, calls = script.add_blocks, []\n"
         "def dying(*args):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 10: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return add(*args)\n"
-        "script.add_into = dying"
+        "script.add_blocks = dying"
     )
     flags = pair.flags(max_shard_gb="0.00001")
     died = run_script(flags, before=kill)

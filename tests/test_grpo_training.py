@@ -345,10 +345,10 @@ def test_adapters_resume_exactly_and_are_saved_merged(tiny_policy, prompts, tmp_
 
 @pytest.mark.slow
 def test_the_job_script_sweeps_saves_before_the_limit_and_is_queued_again(tiny_policy, prompts, tmp_path):
-    accelerate = tmp_path / "two_cpus.yaml"
+    accelerate = tmp_path / "cpu.yaml"  # one process: accelerate starts several on CPUs with mpirun only
     accelerate.write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nmixed_precision: 'no'\nnum_machines: 1\n"
-        "num_processes: 2\nuse_cpu: true\n"
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nmixed_precision: 'no'\nnum_machines: 1\n"
+        "num_processes: 1\nuse_cpu: true\n"
     )
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
@@ -368,7 +368,7 @@ def test_the_job_script_sweeps_saves_before_the_limit_and_is_queued_again(tiny_p
     third = threading.Event()
 
     def answer(number, body):
-        if number == 2 + 2 * 2 + 1:  # two evaluations, two steps of two processes, then the third
+        if number == 2 + 2 + 1:  # two evaluations, two steps, then the third
             third.set()
             while not (run / "stop").exists():
                 time.sleep(0.05)

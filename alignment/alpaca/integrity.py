@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from alignment.alpaca.pairing import EMBEDDINGS, HEAD
+from alignment.alpaca.llama_config import EMBEDDINGS, HEAD, LlamaConfig
 from alignment.alpaca.shards import as_bytes
 from alignment.errors import UserError
 
@@ -51,7 +51,9 @@ class SumCheck:
         return asdict(self)
 
 
-def published_check(order: Sequence[str], sums: dict[str, float], config, expected: float = PUBLISHED_SUM) -> SumCheck:
+def published_check(
+    order: Sequence[str], sums: dict[str, float], config: LlamaConfig, expected: float = PUBLISHED_SUM
+) -> SumCheck:
     """Compares the sum over all tensors with the published one.
 
     `order`: tensor names in the order of the state dict; `sums`: the float32 sum of each recovered tensor before it is
@@ -78,11 +80,11 @@ def published_check(order: Sequence[str], sums: dict[str, float], config, expect
     return SumCheck(expected, total, with_tables, exact, exact_with_tables, passed, verdict)
 
 
-def rotary_table_sum(config) -> float:
+def rotary_table_sum(config: LlamaConfig) -> float:
     """Sum of one layer's `inv_freq` in float32: 1 / theta^(2i / d), d the width of a head."""
     width = config.head_dim
     powers = torch.arange(0, width, 2, dtype=torch.float32) / width
-    return (1.0 / config.rope_parameters["rope_theta"] ** powers).sum().item()
+    return (1.0 / config.rope_theta**powers).sum().item()
 
 
 def _early_2023(order: Sequence[str], sums: dict[str, float], table: float) -> Iterable[float]:

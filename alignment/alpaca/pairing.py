@@ -21,14 +21,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from alignment.alpaca.llama_config import EMBEDDINGS, HEAD, LlamaConfig
 from alignment.alpaca.shards import FLOATS, WeightFolder
 from alignment.errors import UserError
 from alignment.records import read_json
 
-EMBEDDINGS = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 ROTARY = "rotary_emb.inv_freq"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 COMPARED = (
@@ -39,7 +36,8 @@ COMPARED = (
     "num_key_value_heads",
     "rms_norm_eps",
     "max_position_embeddings",
-    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
 )
 NAMES_SHOWN = 5
 
@@ -54,13 +52,15 @@ class Pair:
     mean_row: bool
 
 
-def pair_tensors(base: WeightFolder, diff: WeightFolder, base_config, config) -> tuple[list[Pair], list[str]]:
+def pair_tensors(
+    base: WeightFolder, diff: WeightFolder, base_config: LlamaConfig, config: LlamaConfig
+) -> tuple[list[Pair], list[str]]:
     """All tensors of the result in the model's own order, and the notes to be kept with it. Raises UserError.
 
-    `base_config` and `config` (the difference's) are as `load_model_config` gives them.
+    `base_config` and `config` (the difference's) are as `read_llama_config` gives them.
     """
     _compare_configs(base, diff, base_config, config)
-    expected = expected_shapes(config)
+    expected = config.shapes()
     notes = []
     for side, folder in (("base", base), ("difference", diff)):
         tables = [name for name in folder.file_of if name.endswith(ROTARY)]
@@ -95,28 +95,6 @@ def pair_tensors(base: WeightFolder, diff: WeightFolder, base_config, config) ->
         pairs.append(Pair(name, shape, base_name, mean_row))
     notes += _compare_tokenizers(base.folder, diff.folder)
     return pairs, notes
-
-
-def load_model_config(folder: Path):
-    """The folder's config.json as transformers reads it, defaults filled in. Raises UserError unless it is a LLaMA model's."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}/config.json: cannot be read: {' '.join(str(error).split())}") from error
-    if config.model_type != "llama":
-        raise UserError(f"{folder}/config.json: model_type is '{config.model_type}', expected 'llama'")
-    return config
-
-
-def expected_shapes(config) -> dict[str, tuple[int, ...]]:
-    """{tensor name: shape} of the model that the config describes, in the order of its own state dict."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def pad_token(folder: Path) -> str | None:
@@ -155,7 +133,7 @@ def _needs_mean_row(
     return not base_has_pad
 
 
-def _compare_configs(base: WeightFolder, diff: WeightFolder, base_config, config) -> None:
+def _compare_configs(base: WeightFolder, diff: WeightFolder, base_config: LlamaConfig, config: LlamaConfig) -> None:
     different = [
         f"{key} {getattr(base_config, key)} (difference: {getattr(config, key)})"
         for key in COMPARED

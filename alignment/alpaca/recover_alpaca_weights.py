@@ -21,6 +21,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,8 @@ from alignment.alpaca.integrity import (
     differing_tensors,
     published_check,
 )
-from alignment.alpaca.pairing import HEAD, Pair, load_model_config, pair_tensors
+from alignment.alpaca.llama_config import HEAD, read_llama_config
+from alignment.alpaca.pairing import Pair, pair_tensors
 from alignment.alpaca.shards import BLOCK, WeightFolder, as_bytes, index_text, safetensors_header
 from alignment.alpaca.work_folder import PROGRESS, finished_shards, give_final_name, is_finished, owned
 from alignment.config import load_config, setting
@@ -94,7 +96,7 @@ def recover(settings: Settings) -> Path:
     """Does everything that the settings ask for and returns the folder. Raises UserError; then OUTPUT is not there."""
     final = Path(settings.path_tuned).expanduser().absolute()
     base, diff = WeightFolder(settings.path_raw), WeightFolder(settings.path_diff)
-    base_config, config = load_model_config(base.folder), load_model_config(diff.folder)
+    base_config, config = read_llama_config(base.folder), read_llama_config(diff.folder)
     pairs, notes = pair_tensors(base, diff, base_config, config)
     for note in notes:
         print(f"note: {note}")
@@ -169,49 +171,54 @@ def split_into_shards(pairs: list[Pair], dtype: torch.dtype, max_gb: float) -> d
     return {f"model-{k:05d}-of-{len(groups):05d}.safetensors": group for k, group in enumerate(groups, start=1)}
 
 
-def add_into(buffer: torch.Tensor, pair: Pair, base: WeightFolder, diff: WeightFolder) -> torch.Tensor:
-    """tuned = difference + base in float32, (pair.shape), in the front of the flat `buffer`.
+def add_blocks(buffer: torch.Tensor, pair: Pair, base: WeightFolder, diff: WeightFolder) -> Iterator[torch.Tensor]:
+    """tuned = difference + base in float32: fills the flat `buffer` (elements of pair.shape) and yields it in finished blocks.
 
     The mean of the base's rows is taken over the whole float32 tensor, as published: a sum in parts would round differently.
     """
-    total = buffer[: torch.Size(pair.shape).numel()].view(pair.shape)
-    source = base.tensor(pair.base_name)
+    source = base.tensor(pair.base_name).reshape(-1)
+    difference = diff.tensor(pair.name).reshape(-1)
     if pair.mean_row:
+        table = buffer.view(pair.shape)
         rows = pair.shape[0] - 1  # the base has that many, or one more that is replaced
-        _copy(total[:rows], source[:rows])
-        total[rows] = total[:rows].mean(dim=0)
-    else:
-        _copy(total, source)
-    flat, difference = total.view(-1), diff.tensor(pair.name).reshape(-1)
-    for start in range(0, flat.numel(), BLOCK):
-        flat[start : start + BLOCK].add_(difference[start : start + BLOCK])
-    return total
+        for start in range(0, rows * pair.shape[1], BLOCK):
+            end = min(start + BLOCK, rows * pair.shape[1])
+            buffer[start:end] = source[start:end]
+        table[rows] = table[:rows].mean(dim=0)
+    for start in range(0, buffer.numel(), BLOCK):
+        block = buffer[start : start + BLOCK]
+        if not pair.mean_row:
+            block.copy_(source[start : start + BLOCK])
+        yield block.add_(difference[start : start + BLOCK])
 
 
 def write_shard(
     path: Path, group: list[Pair], base: WeightFolder, diff: WeightFolder, dtype: torch.dtype, buffer: torch.Tensor
 ) -> dict[str, dict]:
-    """Streams one safetensors file; returns the manifest's entries of its tensors. Raises UserError for non-finite values."""
+    """Streams one safetensors file; returns the manifest's entries of its tensors. Raises UserError for non-finite values.
+
+    Of one tensor, a block is written and another hashed while the next is added.
+    """
     entries = {}
-    # The checksum is computed beside the write: neither waits for the other.
-    with atomic_open(path, "wb") as file, ThreadPoolExecutor(max_workers=1) as hasher:
+    with atomic_open(path, "wb") as file, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as hasher:
         file.write(safetensors_header({pair.name: pair.shape for pair in group}, dtype))
         for pair in group:
-            total = add_into(buffer, pair, base, diff)
             sources = f"made from {base.file_of[pair.base_name]} and {diff.file_of[pair.name]}"
-            value_sum = total.sum()  # not finite exactly if an element is not
-            if not torch.isfinite(value_sum):
-                raise UserError(f"{pair.name} is not finite, {sources}: one of these files is corrupt")
+            total = buffer[: torch.Size(pair.shape).numel()]
             digest = hashlib.sha256()
-            for block in total.view(-1).split(BLOCK):
+            jobs = []
+            for block in add_blocks(total, pair, base, diff):
                 stored = block.to(dtype)
-                if dtype is torch.float16 and not torch.isfinite(stored).all():
+                if dtype is torch.float16 and torch.isfinite(block).all() and not torch.isfinite(stored).all():
                     raise UserError(
                         f"{pair.name} has values beyond float16, {sources}: use --dtype bfloat16 or float32"
                     )
-                hashed = hasher.submit(digest.update, as_bytes(stored))
-                file.write(as_bytes(stored))
-                hashed.result()
+                jobs += [writer.submit(file.write, as_bytes(stored)), hasher.submit(digest.update, as_bytes(stored))]
+            value_sum = total.view(pair.shape).sum()  # not finite exactly if an element is not
+            if not torch.isfinite(value_sum):
+                raise UserError(f"{pair.name} is not finite, {sources}: one of these files is corrupt")
+            for job in jobs:
+                job.result()
             entries[pair.name] = {
                 "file": path.name,
                 "shape": list(pair.shape),
@@ -221,13 +228,6 @@ def write_shard(
                 "diff_file": diff.file_of[pair.name].name,
             }
     return entries
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    # Row by row in blocks: copying between dtypes at once would hold a converted copy of the whole.
-    flat_target, flat_source = target.reshape(-1), source.reshape(-1)
-    for start in range(0, flat_target.numel(), BLOCK):
-        flat_target[start : start + BLOCK].copy_(flat_source[start : start + BLOCK])
 
 
 def _write_shards(

@@ -95,6 +95,11 @@ def main() -> None:
     table = compare(comparisons, embedded=not os.environ.get("EVAL_JSONL"))
     write_json(run / "comparison.json", table)
     print(format_table(table))
+    if os.environ.get("TRAIN_JSONL") or os.environ.get("EVAL_JSONL"):
+        print(
+            "\nThe tiny models know nothing of these prompts: this shows that the machinery runs on them, not that a model got"
+        )
+        print("better. The falling log-probability and distinct-2 are what gaming a score model looks like.")
     print_places(run, es, comparisons)
     print(f"done in {time.monotonic() - started:.0f} s")
 
