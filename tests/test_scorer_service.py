@@ -4,84 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import requests
-import uvicorn
 from conftest import REPO
+from scorer_process import HELLO, START_SECONDS, Service, fails, in_process, running
 
 from alignment.errors import UserError
 from alignment.scoring.client import ScorerClient, ScorerUnavailable
 from alignment.scoring.local_scorer import LocalScorer
-from alignment.scoring.http_app import build_app
-from alignment.scoring.monitor import Monitor
 from alignment.scoring.scorer_service import take_port
 from alignment.scoring.service_settings import read_settings
-from alignment.scoring.worker import Job, Worker, WorkQueue
-
-SCRIPT = REPO / "alignment" / "scoring" / "scorer_service.py"
-START_SECONDS = 90
-HELLO = {"prompts": ["hello"], "responses": ["Hello! How can I help you today?"]}
-
-
-class Service:
-    """The service as a subprocess, its log in a file."""
-
-    def __init__(self, models, folder: Path, **env: str) -> None:
-        self.log = folder / "scorer.log"
-        self.address = folder / "address.json"
-        names = {"REWARD_MODEL": str(models[0]), "COST_MODEL": str(models[1])}
-        clean = {key: value for key, value in os.environ.items() if not key.startswith("SCORER_")}
-        clean |= names | {"PORT": "0", "SCORER_ADDRESS_FILE": str(self.address), "OMP_NUM_THREADS": "1"} | env
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(SCRIPT)], env=clean, cwd=REPO, stdout=log, stderr=subprocess.STDOUT
-            )
-
-    def wait(self) -> Service:
-        end = time.monotonic() + START_SECONDS
-        while not self.address.exists():
-            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
-            time.sleep(0.05)
-        self.url = json.loads(self.address.read_text())["url"]
-        return self
-
-    def stop(self) -> int:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
-
-    def post(self, path: str, body, **more) -> requests.Response:
-        return requests.post(self.url + path, json=body, timeout=30, **more)
-
-
-@contextlib.contextmanager
-def running(models, folder: Path, **env: str):
-    service = Service(models, folder, **env)
-    try:
-        yield service.wait()
-    finally:
-        service.stop()
-
-
-def fails(models, folder: Path, **env: str) -> str:
-    """Starts a service that must end by itself with exit code 2; returns the last line of its output."""
-    service = Service(models, folder, **env)
-    try:
-        assert service.process.wait(START_SECONDS) == 2, service.log.read_text()
-    finally:
-        service.process.kill()
-    output = service.log.read_text()
-    assert "Traceback" not in output
-    return output.strip().splitlines()[-1]
+from alignment.scoring.worker import Job
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +98,7 @@ def test_whole_texts_score_as_their_parts(service):
         ("/score_batch", {"prompts": ["a"], "responses": ["b"], "finished": [1]}, 422, "finished[0]: "),
         ("/score_batch", {"prompts": ["a", "\ud800"], "responses": ["", ""]}, 422, "prompts[1]: a lone surrogate"),
         ("/score_texts", {"texts": "abc"}, 422, "texts: Input should be a valid list"),
-        ("/score_texts", None, 422, "body: Field required"),
+        ("/score_texts", None, 422, "body: not JSON"),
         ("/score_texts", [], 422, "body: "),
     ],
 )
@@ -316,31 +256,6 @@ def test_loading_is_said_and_waited_for(tiny_scorers, tmp_path):
         service.stop()
 
 
-@contextlib.contextmanager
-def in_process(models, on_failure=pytest.fail, **env: str):
-    """Worker and HTTP interface in this process: (worker, url)."""
-    ready = threading.Event()
-    settings = read_settings({"REWARD_MODEL": str(models[0]), "COST_MODEL": str(models[1])} | env)
-    worker = Worker(
-        settings, WorkQueue(settings.limits.max_queued_tokens), Monitor(), lambda _: ready.set(), on_failure
-    )
-    worker.start()
-    assert ready.wait(START_SECONDS)
-    listener = take_port("127.0.0.1", 0)
-    app = build_app(worker, None, settings.limits, "instance", {})
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-    try:
-        yield worker, f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        worker.jobs.end()
-        thread.join(10)
-        worker.join(10)
-        assert not worker.is_alive()
-
-
 def test_one_failed_round_is_a_500_and_does_not_end_the_worker(tiny_scorers):
     with in_process(tiny_scorers) as (worker, url):
         real = worker.scorer.score_encoded
@@ -367,7 +282,8 @@ def test_kill_9_in_the_middle_and_back(tiny_scorers, tmp_path):
     with running(tiny_scorers, tmp_path) as service:
         port = service.url.rsplit(":", 1)[1]
         client = ScorerClient(service.url, batch_size=20, max_wait=START_SECONDS, on_wait=waits.append)
-        expected = client.score(prompts, responses)
+        expected = LocalScorer(*tiny_scorers).score(prompts, responses)
+        client.wait_until_ready()
         killer = threading.Timer(0.2, service.process.kill)
         restarted = []
 

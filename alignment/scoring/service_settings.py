@@ -21,7 +21,7 @@ class Limits:
 
     max_body: int = 32 * 2**20  # bytes of a request
     max_texts: int = 10_000  # of a request
-    max_characters: int = 1_000_000  # of one text; a prompt and its response are one
+    max_characters: int = 2_000_000  # of one text; a prompt and its response are one
     max_queued_tokens: int = 8_000_000  # of all texts that wait for their scores
     max_requests: int = 512  # under way, from their first byte to their answer
     stop_seconds: int = 25  # that SIGTERM leaves for what is queued; SLURM kills after 30

@@ -1,0 +1,105 @@
+"""Scorer services for tests: as a process of its own, and inside the test's."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import requests
+import uvicorn
+from conftest import REPO
+
+from alignment.scoring.http_app import build_app
+from alignment.scoring.monitor import Monitor
+from alignment.scoring.scorer_service import take_port
+from alignment.scoring.service_settings import read_settings
+from alignment.scoring.worker import Worker, WorkQueue
+
+SCRIPT = REPO / "alignment" / "scoring" / "scorer_service.py"
+START_SECONDS = 90
+HELLO = {"prompts": ["hello"], "responses": ["Hello! How can I help you today?"]}
+
+
+class Service:
+    """The service as a subprocess, its log in a file."""
+
+    def __init__(self, models, folder: Path, **env: str) -> None:
+        self.log = folder / "scorer.log"
+        self.address = folder / "address.json"
+        names = {"REWARD_MODEL": str(models[0]), "COST_MODEL": str(models[1])}
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("SCORER_")}
+        clean |= names | {"PORT": "0", "SCORER_ADDRESS_FILE": str(self.address), "OMP_NUM_THREADS": "1"} | env
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(SCRIPT)], env=clean, cwd=REPO, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def wait(self) -> Service:
+        end = time.monotonic() + START_SECONDS
+        while not self.address.exists():
+            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
+            time.sleep(0.05)
+        self.url = json.loads(self.address.read_text())["url"]
+        return self
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+    def post(self, path: str, body, **more) -> requests.Response:
+        return requests.post(self.url + path, json=body, timeout=30, **more)
+
+
+@contextlib.contextmanager
+def running(models, folder: Path, **env: str):
+    service = Service(models, folder, **env)
+    try:
+        yield service.wait()
+    finally:
+        service.stop()
+
+
+def fails(models, folder: Path, **env: str) -> str:
+    """Starts a service that must end by itself with exit code 2; returns the last line of its output."""
+    service = Service(models, folder, **env)
+    try:
+        assert service.process.wait(START_SECONDS) == 2, service.log.read_text()
+    finally:
+        service.process.kill()
+    output = service.log.read_text()
+    assert "Traceback" not in output
+    return output.strip().splitlines()[-1]
+
+
+@contextlib.contextmanager
+def in_process(models, on_failure=pytest.fail, **env: str):
+    """Worker and HTTP interface in this process: (worker, url)."""
+    ready = threading.Event()
+    settings = read_settings({"REWARD_MODEL": str(models[0]), "COST_MODEL": str(models[1])} | env)
+    worker = Worker(
+        settings, WorkQueue(settings.limits.max_queued_tokens), Monitor(), lambda _: ready.set(), on_failure
+    )
+    worker.start()
+    assert ready.wait(START_SECONDS)
+    listener = take_port("127.0.0.1", 0)
+    app = build_app(worker, None, settings.limits, "instance", {})
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    try:
+        yield worker, f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        worker.jobs.end()
+        thread.join(10)
+        worker.join(10)
+        assert not worker.is_alive()
