@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import socket
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,25 +23,36 @@ class FakeScorer:
     def __init__(self, answer: Callable[[int, dict], dict | int | None] | None = None, port: int = 0):
         self.answer = answer or (lambda number, body: self.scores(body))
         self.identity = {"reward_model": "fake", "cost_model": "fake", "dtype": "float32"}
+        self.instance = "fake"
+        self.token: str | None = None  # asked for when set
         self.requests: list[dict] = []
+        self.connections: list[socket.socket] = []
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
+            def setup(self):
+                super().setup()
+                fake.connections.append(self.connection)
+
             def do_GET(self):
-                self.reply(200, {"status": "healthy", "device": "cpu", "identity": fake.identity})
+                self.reply(
+                    200, {"status": "healthy", "device": "cpu", "instance": fake.instance, "identity": fake.identity}
+                )
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if fake.token is not None and self.headers.get("Authorization") != f"Bearer {fake.token}":
+                    return self.reply(401, {"detail": "this scorer wants its token"})
                 fake.requests.append(body)
                 result = fake.answer(len(fake.requests), body)
                 if result is None:
                     self.close_connection = True
-                elif isinstance(result, int):
-                    self.reply(result, {"detail": "as the test wants"})
-                else:
-                    self.reply(200, result)
+                    return None
+                if isinstance(result, int):
+                    return self.reply(result, {"detail": "as the test wants"})
+                return self.reply(200, result)
 
             def reply(self, status, content):
                 data = json.dumps(content).encode()
@@ -65,6 +78,9 @@ class FakeScorer:
     def stop(self) -> None:
         self.server.shutdown()
         self.server.server_close()
+        for connection in self.connections:  # as when its process ends
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> FakeScorer:
         return self

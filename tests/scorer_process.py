@@ -1,4 +1,4 @@
-"""Scorer services for tests: as a process of its own, and inside the test's."""
+"""Scorer services for tests: as a process of its own, and inside the test's, with models or with a stub in their place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ import requests
 import uvicorn
 from conftest import REPO
 
+from alignment.scoring import worker as worker_module
 from alignment.scoring.http_app import build_app
+from alignment.scoring.local_scorer import Conversation, Score
 from alignment.scoring.monitor import Monitor
 from alignment.scoring.scorer_service import take_port
 from alignment.scoring.service_settings import read_settings
@@ -35,7 +37,7 @@ class Service:
         self.log = folder / "scorer.log"
         self.address = folder / "address.json"
         names = {"REWARD_MODEL": str(models[0]), "COST_MODEL": str(models[1])}
-        clean = {key: value for key, value in os.environ.items() if not key.startswith("SCORER_")}
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("SCORER_", "SLURM_"))}
         clean |= names | {"PORT": "0", "SCORER_ADDRESS_FILE": str(self.address), "OMP_NUM_THREADS": "1"} | env
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -55,8 +57,8 @@ class Service:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(30)
 
-    def post(self, path: str, body, **more) -> requests.Response:
-        return requests.post(self.url + path, json=body, timeout=30, **more)
+    def post(self, path: str, body, long: bool = False, **more) -> requests.Response:
+        return requests.post(self.url + path, json=body, timeout=300 if long else 30, **more)
 
 
 @contextlib.contextmanager
@@ -80,26 +82,73 @@ def fails(models, folder: Path, **env: str) -> str:
     return output.strip().splitlines()[-1]
 
 
+class StubScorer:
+    """In the place of LocalScorer: a reward is the text's length, a cost its negative. A closed `gate` holds scoring up."""
+
+    device = "cpu"
+
+    def __init__(self, **_) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.rounds: list[list[str]] = []
+        self.error: Exception | None = None
+        self.broken = False
+
+    def identity(self) -> dict:
+        return {"reward_model": {"name": "stub"}, "max_length": 100}
+
+    def is_small_on_cpu(self) -> bool:
+        return False
+
+    def warnings(self, probe) -> list[str]:
+        return []
+
+    def device_is_broken(self) -> bool:
+        return self.broken
+
+    def encode(self, prompt: str, response: str, finished: bool = True) -> Conversation:
+        return self.encode_whole(prompt + response, finished)
+
+    def encode_whole(self, text: str, finished: bool = True) -> Conversation:
+        ids = tuple(text.encode())[:100]
+        return Conversation(ids, ids, len(text.encode()) > 100, "nothing left" if text == "nothing" else None)
+
+    def score_encoded(self, conversations: list[Conversation]) -> list[Score]:
+        assert self.gate.wait(20)
+        self.rounds.append([bytes(one.reward_ids).decode() for one in conversations])
+        if self.error is not None:
+            raise self.error
+        return [
+            Score(None, None, one.error, one.truncated)
+            if one.error
+            else Score(float(len(one.reward_ids)), -float(len(one.reward_ids)), None, one.truncated)
+            for one in conversations
+        ]
+
+
 @contextlib.contextmanager
-def in_process(models, on_failure=pytest.fail, **env: str):
+def in_process(models=("reward", "cost"), on_failure=pytest.fail, auth=None, stub: bool = False, **env: str):
     """Worker and HTTP interface in this process: (worker, url)."""
     ready = threading.Event()
     settings = read_settings({"REWARD_MODEL": str(models[0]), "COST_MODEL": str(models[1])} | env)
-    worker = Worker(
-        settings, WorkQueue(settings.limits.max_queued_tokens), Monitor(), lambda _: ready.set(), on_failure
-    )
-    worker.start()
-    assert ready.wait(START_SECONDS)
+    jobs = WorkQueue(settings.limits.max_queued_tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        if stub:
+            patch.setattr(worker_module, "LocalScorer", StubScorer)
+        worker = Worker(settings, jobs, Monitor(), lambda _: ready.set(), on_failure)
+        worker.monitor.watch(jobs)
+        worker.start()
+        assert ready.wait(START_SECONDS)
     listener = take_port("127.0.0.1", 0)
-    app = build_app(worker, None, settings.limits, "instance", {})
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    app = build_app(worker, auth, settings.limits, "instance", {"job_id": "7"}, settings.log_texts)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:
         yield worker, f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        worker.jobs.end()
+        jobs.end()
         thread.join(10)
         worker.join(10)
         assert not worker.is_alive()

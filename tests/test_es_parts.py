@@ -9,8 +9,8 @@ import torch
 
 from alignment.ES.fitness import FitnessRule, shape, usable_scores, z_scores
 from alignment.ES.noise import BLOCK, COUNTERS, member_seed, noise, philox, philox_words, stream_key
-from alignment.ES.prompts import iteration_prompts
 from alignment.ES.weights import MasterWeights, ReferenceWeights
+from alignment.prompts import iteration_prompts
 
 
 def test_published_fitness(goldens):

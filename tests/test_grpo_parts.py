@@ -12,13 +12,14 @@ from trl import GRPOTrainer
 
 from alignment.errors import UserError
 from alignment.generation import TransformersEngine
-from alignment.GRPO.data import draw_rows, prompts_that_fit, run_order
+from alignment.GRPO.data import prompts_that_fit, run_order
 from alignment.GRPO.reward import ConstrainedReward, group_advantages
 from alignment.GRPO.settings import GRPOSettings, load_settings
 from alignment.GRPO.trainer import ConstrainedGRPOTrainer
 from alignment.GRPO.trl_config import adapter_config, trl_config
 from alignment.GRPO.turns import own_turn
 from alignment.lagrangian import LagrangeMultiplier
+from alignment.prompts import draw_rows
 from alignment.scoring.client import Scores
 
 NAN = float("nan")

@@ -13,7 +13,9 @@ from fake_scorer import FakeScorer, score_of
 
 from alignment.errors import UserError
 from alignment.scoring import client as client_module
+from alignment.scoring import connection
 from alignment.scoring.client import ScorerClient, ScorerUnavailable, Scores, difference
+from alignment.scoring.discovery import Publication, address_path, own_address, write_secret
 
 PROMPTS = [f"prompt {index}" for index in range(50)]
 RESPONSES = [f"response {index}" for index in range(50)]
@@ -21,8 +23,11 @@ RESPONSES = [f"response {index}" for index in range(50)]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(client_module, "FIRST_PAUSE", 0.01)
-    monkeypatch.delenv("SCORER_AUTH", raising=False)
+    for module in (client_module, connection):
+        monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(client_module, "LOOK_EVERY", 0.05)
+    for name in ("SCORER_AUTH", "SCORER_TOKEN_FILE", "EXPERIMENT_ID", "SCORER_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def expected(column: int) -> list[float]:
@@ -172,7 +177,10 @@ def test_what_on_wait_raises_ends_the_wait():
         ScorerClient(scorer.url, on_wait=on_wait).score(["a"], ["b"])
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost", "ftp://host", "http://", ""])
+@pytest.mark.parametrize(
+    "url",
+    ["127.0.0.1:8000", "localhost", "ftp://host", "http://", "", "http://host:99999", "http://[::1", "http://a:1,", []],
+)
 def test_a_url_without_scheme_or_host(url):
     with pytest.raises(UserError, match="expected something like http://127"):
         ScorerClient(url)
@@ -181,6 +189,8 @@ def test_a_url_without_scheme_or_host(url):
 def test_unequal_lists_and_bad_sizes():
     with pytest.raises(UserError, match="batch size is 0"):
         ScorerClient("http://127.0.0.1:1", batch_size=0)
+    with pytest.raises(UserError, match="concurrency is 0"):
+        ScorerClient("http://127.0.0.1:1", concurrency=0)
     with pytest.raises(ValueError, match="2 prompts, 1 responses"):
         ScorerClient("http://127.0.0.1:1").score(["a", "b"], ["c"])
 
@@ -189,3 +199,246 @@ def test_scores_join_in_order():
     parts = [Scores(np.array([float(i)]), np.array([-float(i)]), [None], [bool(i)]) for i in range(2)]
     joined = Scores.joined(parts)
     assert (joined.rewards.tolist(), joined.costs.tolist(), joined.truncated) == ([0, 1], [0, -1], [False, True])
+
+
+def test_chunks_are_under_way_together():
+    """Four chunks meet at the scorer: each waits there until all have come."""
+    gate = threading.Barrier(4, timeout=10)
+
+    def answer(number, body):
+        gate.wait()
+        return FakeScorer.scores(body)
+
+    with FakeScorer(answer) as scorer:
+        scores = ScorerClient(scorer.url, batch_size=5, concurrency=4).score(PROMPTS[:40], RESPONSES[:40])
+    assert scores.rewards.tolist() == expected(0)[:40]
+
+
+def test_one_bad_chunk_ends_the_call():
+    def answer(number, body):
+        return 422 if "prompt 3" in body["prompts"] else FakeScorer.scores(body)
+
+    with FakeScorer(answer) as scorer, pytest.raises(UserError, match="422: as the test wants"):
+        ScorerClient(scorer.url, batch_size=1).score(PROMPTS, RESPONSES)
+    assert len(scorer.requests) < 50
+
+
+def test_what_on_wait_raises_ends_a_call_of_many_chunks_at_once():
+    """Also while other chunks hang in requests that nobody answers."""
+    release = threading.Event()
+    caller = threading.get_ident()
+
+    class Stop(Exception):
+        pass
+
+    def on_wait(seconds):
+        assert threading.get_ident() == caller
+        raise Stop
+
+    def answer(number, body):
+        if "prompt 0" in body["prompts"]:
+            return 503
+        release.wait(20)
+        return FakeScorer.scores(body)
+
+    with FakeScorer(answer) as scorer:
+        client = ScorerClient(scorer.url, batch_size=1, on_wait=on_wait)
+        began = time.monotonic()
+        with pytest.raises(Stop):
+            client.score(PROMPTS[:8], RESPONSES[:8])
+        assert time.monotonic() - began < 5
+        release.set()
+
+
+def test_a_call_has_a_deadline():
+    with FakeScorer(lambda number, body: 503) as scorer:
+        client = ScorerClient(scorer.url, batch_size=1, deadline=0.3)
+        began = time.monotonic()
+        with pytest.raises(ScorerUnavailable, match=r"not done after 0\.3 s; last error: 503"):
+            client.score(PROMPTS[:3], RESPONSES[:3])
+        assert time.monotonic() - began < 5
+
+
+def test_a_scorer_that_answers_others_is_not_away():
+    """One chunk is refused for longer than max_wait while the others get their scores: that is load, not absence."""
+    began = time.monotonic()
+
+    def answer(number, body):
+        time.sleep(0.02)
+        return 429 if "prompt 0" in body["prompts"] and time.monotonic() - began < 0.8 else FakeScorer.scores(body)
+
+    with FakeScorer(answer) as scorer:
+        client = ScorerClient(scorer.url, batch_size=1, max_wait=0.5)
+        assert client.score(PROMPTS, RESPONSES).rewards.tolist() == expected(0)
+
+
+def test_the_wait_that_the_scorer_asks_for(monkeypatch):
+    slept = []
+    monkeypatch.setattr(client_module.time, "sleep", lambda seconds: slept.append(seconds))
+    endpoint_ask = connection.Endpoint.ask
+    refusals = iter([3.0, 7.0])
+
+    def ask(self, method, path, body, timeout):
+        if method == "POST" and (pause := next(refusals, None)) is not None:
+            raise connection.Retry("429: full", pause)
+        return endpoint_ask(self, method, path, body, timeout)
+
+    monkeypatch.setattr(connection.Endpoint, "ask", ask)
+    with FakeScorer() as scorer:
+        ScorerClient(scorer.url).score(["a"], ["b"])
+    assert [round(seconds) for seconds in slept[:1]] == [3]
+
+
+def test_several_scorers_share_the_work():
+    def slow(number, body):
+        time.sleep(0.1)
+        return FakeScorer.scores(body)
+
+    with FakeScorer() as quick_one, FakeScorer(slow) as slow_one:
+        client = ScorerClient([quick_one.url, slow_one.url], batch_size=1)
+        scores = client.score(PROMPTS, RESPONSES)
+        assert client.url == f"{quick_one.url}, {slow_one.url}"
+    assert scores.rewards.tolist() == expected(0)
+    assert len(quick_one.requests) + len(slow_one.requests) == 50
+    assert len(quick_one.requests) > len(slow_one.requests) > 0
+
+
+def test_one_of_several_goes_away_and_comes_back():
+    with FakeScorer() as stays, FakeScorer() as goes:
+        client = ScorerClient(f"{stays.url}, {goes.url}", batch_size=1)
+        client.score(PROMPTS, RESPONSES)
+        port = int(goes.url.rsplit(":", 1)[1])
+        goes.stop()
+        scores = client.score(PROMPTS, RESPONSES)
+        assert scores.rewards.tolist() == expected(0)
+        with FakeScorer(port=port) as back:
+            time.sleep(0.1)
+            for _ in range(5):
+                client.score(PROMPTS, RESPONSES)
+            assert back.requests
+            back.identity = {"dtype": "float16"}
+            with pytest.raises(UserError, match="dtype was 'float32', is 'float16'"):
+                client.wait_until_ready()
+
+
+def test_one_of_several_is_away_from_the_start():
+    with socket.socket() as silent, FakeScorer() as scorer:
+        silent.bind(("127.0.0.1", 0))  # refuses connections
+        client = ScorerClient([f"http://127.0.0.1:{silent.getsockname()[1]}", scorer.url], batch_size=10)
+        assert client.wait_until_ready() == scorer.identity
+        assert client.score(PROMPTS, RESPONSES).rewards.tolist() == expected(0)
+
+
+def test_several_scorers_must_be_alike():
+    with FakeScorer() as one, FakeScorer() as other:
+        other.identity = other.identity | {"max_length": 5}
+        with pytest.raises(UserError, match="max_length was None, is 5"):
+            ScorerClient([one.url, other.url]).wait_until_ready()
+
+
+def test_tokens(tmp_path, monkeypatch):
+    with FakeScorer() as scorer:
+        scorer.token = "a"
+        with pytest.raises(UserError, match="401: this scorer wants its token"):
+            ScorerClient(scorer.url).score(["a"], ["b"])
+        with pytest.raises(UserError, match="401"):
+            ScorerClient(scorer.url, token="wrong").score(["a"], ["b"])
+        assert ScorerClient(scorer.url, token="a").score(["a"], ["b"]).errors == [None]
+        monkeypatch.setenv("SCORER_AUTH", "a")
+        assert ScorerClient(scorer.url).score(["a"], ["b"]).errors == [None]
+        monkeypatch.delenv("SCORER_AUTH")
+        write_secret(tmp_path / "token", "a")
+        monkeypatch.setenv("SCORER_TOKEN_FILE", str(tmp_path / "token"))
+        client = ScorerClient(scorer.url)
+        assert client.score(["a"], ["b"]).errors == [None]
+        # A restarted scorer has another one: the file is read again.
+        scorer.token = "b"
+        write_secret(tmp_path / "token", "b")
+        assert client.score(["a"], ["b"]).errors == [None]
+
+
+def publish(logs, scorer: FakeScorer, token: str | None = None) -> Publication:
+    scorer.instance, scorer.token = f"instance of {scorer.url}", token
+    address = own_address(scorer.url, scorer.instance, {"EXPERIMENT_ID": "e"})
+    publication = Publication(address_path(logs, address), address, token)
+    publication.write(scorer.identity)
+    return publication
+
+
+def test_auto_finds_the_scorer_and_finds_it_again_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOGS_DIR", str(tmp_path))
+    monkeypatch.setenv("EXPERIMENT_ID", "e")
+    client = ScorerClient("auto", batch_size=5)
+    with FakeScorer() as first:
+        publish(tmp_path, first, "first token")
+        assert client.score(PROMPTS, RESPONSES).rewards.tolist() == expected(0)
+        assert client.url == first.url
+    waits = []
+
+    with FakeScorer() as second, FakeScorer() as stranger:
+        stranger.identity = stranger.identity | {"dtype": "float16"}
+        publish(tmp_path, stranger)
+
+        def on_wait(seconds):
+            waits.append(seconds)
+            if len(waits) == 3:
+                publish(tmp_path, second, "second token")
+
+        client.on_wait = on_wait
+        assert client.score(PROMPTS, RESPONSES).rewards.tolist() == expected(0)
+        assert client.url == second.url and stranger.requests == []
+        # Restarted at the same address with another token.
+        publish(tmp_path, second, "third token")
+        assert client.score(PROMPTS, RESPONSES).rewards.tolist() == expected(0)
+    assert len(waits) >= 3
+
+
+def test_auto_without_a_scorer(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOGS_DIR", str(tmp_path))
+    with pytest.raises(
+        ScorerUnavailable, match=r"scorer auto gave no answer for 0 s; last error: no scorer answers in"
+    ):
+        ScorerClient("auto", max_wait=0.2).wait_until_ready()
+    with FakeScorer() as one, FakeScorer() as two:
+        publish(tmp_path, one)
+        publish(tmp_path, two)
+        with pytest.raises(UserError, match="2 scorers fit"):
+            ScorerClient("auto").wait_until_ready()
+
+
+def test_waiting_is_said_where_nobody_shows_it(monkeypatch, capsys):
+    monkeypatch.setattr(client_module, "SAY_AFTER", 0.0)
+    with FakeScorer(lambda number, body: FakeScorer.scores(body) if number > 5 else 503) as scorer:
+        ScorerClient(scorer.url).score(["a"], ["b"])
+    assert capsys.readouterr().err == "waiting for the scorer, 0 min (503: as the test wants)\n"
+
+
+def test_an_answer_that_is_no_json_or_cut_off():
+    class Raw:
+        """Answers every request on a raw socket with the same bytes."""
+
+        def __init__(self, reply: bytes) -> None:
+            self.socket = socket.create_server(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+            threading.Thread(target=self.serve, args=(reply,), daemon=True).start()
+
+        def serve(self, reply: bytes) -> None:
+            while True:
+                try:
+                    peer, _ = self.socket.accept()
+                except OSError:
+                    return
+                with peer:
+                    peer.recv(65536)
+                    peer.sendall(reply)
+
+    for reply in (
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{",
+        b"not http at all\r\n",
+    ):
+        raw = Raw(reply)
+        with pytest.raises(ScorerUnavailable, match="gave no answer"):
+            ScorerClient(raw.url, max_wait=0.1).score(["a"], ["b"])
+        raw.socket.close()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import os
+import resource
 import signal
 import socket
 import subprocess
@@ -11,15 +14,18 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import requests
 from conftest import REPO
-from scorer_process import HELLO, START_SECONDS, Service, fails, in_process, running
+from scorer_process import HELLO, SCRIPT, START_SECONDS, Service, fails, in_process, running
 
 from alignment.errors import UserError
-from alignment.scoring.client import ScorerClient, ScorerUnavailable
+from alignment.scoring import test_score_fixed_prompt as fixed_prompt
+from alignment.scoring.client import ScorerClient, ScorerUnavailable, Scores
+from alignment.scoring.discovery import read_addresses
 from alignment.scoring.local_scorer import LocalScorer
-from alignment.scoring.scorer_service import take_port
+from alignment.scoring.scorer_service import Announcements, take_port
 from alignment.scoring.service_settings import read_settings
 from alignment.scoring.worker import Job
 
@@ -182,6 +188,7 @@ def test_sigterm_ends_it_cleanly_and_answers_first(tiny_scorers, tmp_path):
         assert not service.address.exists()
 
 
+@pytest.mark.slow
 def test_a_token_where_one_is_set_and_a_port_where_none_is(tiny_scorers, tmp_path):
     with contextlib.ExitStack() as stack:
         holder = stack.enter_context(socket.socket())
@@ -200,9 +207,11 @@ def test_a_token_where_one_is_set_and_a_port_where_none_is(tiny_scorers, tmp_pat
         assert "s3cret" not in service.log.read_text()
 
 
+@pytest.mark.slow
 def test_errors_at_the_start_are_one_line(tiny_scorers, tmp_path):
     assert "no such model folder" in fails((tmp_path / "absent", tiny_scorers[1]), tmp_path)
     assert "cannot write" in fails(tiny_scorers, tmp_path, SCORER_ADDRESS_FILE="/proc/nothing/address.json")
+    assert "cannot write" in fails(tiny_scorers, tmp_path, LOGS_DIR="/proc/nothing")
 
 
 def test_a_named_port_that_is_taken_is_an_error():
@@ -242,6 +251,7 @@ def test_settings_of_the_environment():
             read_settings(env)
 
 
+@pytest.mark.slow
 def test_loading_is_said_and_waited_for(tiny_scorers, tmp_path):
     """The port is open before the models are there: /health says so, the client waits."""
     with socket.socket() as probe:
@@ -313,18 +323,18 @@ def test_kill_9_in_the_middle_and_back(tiny_scorers, tmp_path):
     assert waits
 
 
-def test_golden_calls_of_the_published_service(goldens, tmp_path):
+def test_golden_calls_of_the_published_service(goldens):
     """Published rule, float16: the same answers, with fields added; refusals keep their status and get one line."""
     folder = goldens / "score_model"
     calls = json.loads((folder / "service.json").read_text(encoding="utf-8"))["calls"]
     models = folder / "reward", folder / "cost"
     checked = 0
-    with running(models, tmp_path, SCORER_REFERENCE="1", SCORER_DTYPE="float16", MAX_LENGTH="512") as service:
+    with in_process(models, SCORER_REFERENCE="1", SCORER_DTYPE="float16", MAX_LENGTH="512") as (_, url):
         for call in calls:
             if "reward_head_bias" in call:
                 continue  # weights that are not finite do not start a service here
             ask = requests.post if call["method"] == "POST" else requests.get
-            reply = ask(service.url + call["path"], json=call["body"], timeout=30)
+            reply = ask(url + call["path"], json=call["body"], timeout=30)
             assert reply.status_code == call["status"]
             checked += 1
             if reply.status_code == 200 and call["method"] == "POST":
@@ -340,15 +350,206 @@ def test_golden_calls_of_the_published_service(goldens, tmp_path):
     assert checked == 15
 
 
-def test_fixed_texts_on_the_service_and_in_process(service, tiny_scorers):
-    script = REPO / "alignment" / "scoring" / "test_score_fixed_prompt.py"
+def test_fixed_texts_on_the_service_and_in_process(service, tiny_scorers, capsys, monkeypatch):
     reports = []
     for flags in (
         ["--scorer_url", service.url],
         ["--reward_model", str(tiny_scorers[0]), "--cost_model", str(tiny_scorers[1]), "--max_length", "200"],
     ):
-        done = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, cwd=REPO)
-        assert done.returncode in (0, 1), done.stderr  # random models know no cruelty
-        assert ("PASS" in done.stdout) == (done.returncode == 0)
-        reports.append(done.stdout)
+        monkeypatch.setattr(sys, "argv", ["test_score_fixed_prompt.py", *flags])
+        code = fixed_prompt.main()
+        reports.append(capsys.readouterr().out)
+        assert ("PASS" in reports[-1]) == (code == 0)  # random models know no cruelty
     assert reports[0] == reports[1]
+    assert "nothing to compare with the model cards" in reports[0]
+
+
+def test_real_models_are_compared_with_their_cards():
+    class Beaver:
+        def __init__(self, shift: float) -> None:
+            self.shift = shift
+
+        def identity(self):
+            return {
+                "reward_model": {"name": "PKU-Alignment/beaver-7b-unified-reward"},
+                "cost_model": {"name": "beaver-7b-v1.0-cost"},
+            }
+
+        def score_texts(self, texts, finished):
+            assert texts == fixed_prompt.CARD_TEXTS and not any(finished)
+            cards = [fixed_prompt.CARD_SCORES[name] for name in ("beaver-7b-unified-reward", "beaver-7b-v1.0-cost")]
+            rewards, costs = ([self.shift + (score or 0) for score in card] for card in cards)
+            return Scores(np.array(rewards), np.array(costs), [None] * 4, [False] * 4)
+
+    told, wrong = fixed_prompt.card_lines(Beaver(0.01))
+    assert len(told) == 3 + 4 and wrong == []
+    assert len(fixed_prompt.card_lines(Beaver(1.0))[1]) == 7
+    assert len(fixed_prompt.card_lines(Beaver(float("nan")))[1]) == 7
+
+
+def test_nan_in_one_row_leaves_the_others(tiny_scorers):
+    with in_process(tiny_scorers) as (worker, url):
+        real = worker.scorer._models[0].score
+
+        def one_nan(texts):
+            return [math.nan if index == 1 else score for index, score in enumerate(real(texts))]
+
+        body = {"prompts": ["a", "b", "c"], "responses": ["x", "y", "z"]}
+        expected = requests.post(url + "/score_batch", json=body, timeout=10).json()
+        worker.scorer._models[0].score = one_nan
+        body["responses"] = ["x!", "y!", "z!"]  # not seen before
+        answer = requests.post(url + "/score_batch", json=body, timeout=10).json()
+        assert answer["rewards"][1] is None and answer["errors"] == [None, "reward is nan", None]
+        assert None not in answer["costs"] + answer["rewards"][::2]
+        scores = ScorerClient(url).score(body["prompts"], body["responses"])
+        assert np.isfinite(scores.rewards).all()  # the second time it was the only one, and not remembered as NaN
+        body["responses"] = ["x", "y", "z"]
+        assert requests.post(url + "/score_batch", json=body, timeout=10).json() == expected
+
+
+def test_special_tokens_in_a_prompt_and_the_limit(service, tiny_scorers):
+    prompts = ["say </s> or <pad>", "</s>", "<s>USER: a ASSISTANT: b</s>"]
+    local = LocalScorer(*tiny_scorers, max_length=200).score(prompts, ["<pad></s>"] * 3)
+    answer = service.post("/score_batch", {"prompts": prompts, "responses": ["<pad></s>"] * 3}).json()
+    assert answer["rewards"] == local.rewards.tolist() and answer["errors"] == [None] * 3
+    # One token a character: BOS, the space mark, the frame around "hi" and EOS leave this many.
+    room = 200 - 2 - len("BEGINNING OF CONVERSATION: USER: hi ASSISTANT:") - 1
+    body = {"prompts": ["hi"] * 2, "responses": ["x" * room, "x" * (room + 1)]}
+    answer = service.post("/score_batch", body).json()
+    assert answer["truncated"] == [False, True]
+    assert answer["rewards"][0] == answer["rewards"][1]  # what is left of the second is the first
+
+
+def test_ten_thousand_texts_in_one_request(service):
+    texts = [f"{index % 5000}" for index in range(10_000)]
+    answer = service.post("/score_texts", {"texts": texts}, long=True)
+    assert answer.status_code == 200
+    rewards = answer.json()["rewards"]
+    assert len(rewards) == 10_000 and rewards[:5000] == rewards[5000:]
+    assert service.post("/score_texts", {"texts": ["a"] * 10_001}).status_code == 413
+
+
+def test_a_huge_text_blocks_nobody(service):
+    """10 MB is refused at once; 1.9 MB is tokenised while others are served."""
+    answer = service.post("/score_batch", {"prompts": ["hi"], "responses": ["word " * 2_000_000]})
+    assert answer.status_code == 413 and "SCORER_MAX_CHARACTERS" in answer.json()["detail"]
+    answers = []
+    body = {"prompts": ["hi"], "responses": ["word " * 380_000]}
+    thread = threading.Thread(target=lambda: answers.append(service.post("/score_batch", body)))
+    thread.start()
+    slowest = 0.0
+    while thread.is_alive():
+        began = time.monotonic()
+        assert requests.get(service.url + "/health", timeout=10).status_code == 200
+        slowest = max(slowest, time.monotonic() - began)
+    assert answers[0].json()["truncated"] == [True]
+    assert slowest < 1.0
+
+
+def test_a_disk_that_is_full_when_the_models_are_there(tmp_path, monkeypatch):
+    """The address is written later; the loaded models are kept."""
+    settings = read_settings({"LOGS_DIR": str(tmp_path), "SCORER_ADDRESS_FILE": str(tmp_path / "a.json")})
+    announcements = Announcements(settings, "http://127.0.0.1:1", "x")
+    announcements.begin()
+    real = os.fsync
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    announcements.ready({"dtype": "float32"})
+    [address] = read_addresses(tmp_path).values()
+    assert address.identity is None and not (tmp_path / "a.json").exists()
+    announcements.catch_up()
+    monkeypatch.setattr(os, "fsync", real)
+    announcements.catch_up()
+    [address] = read_addresses(tmp_path).values()
+    assert address.identity == {"dtype": "float32"} and (tmp_path / "a.json").exists()
+    announcements.remove()
+    assert not (tmp_path / "a.json").exists() and not read_addresses(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_the_start(tiny_scorers, tmp_path):
+    """No file may grow beyond a hundred bytes: one line, exit code 2, nothing half-written."""
+    environment = os.environ | {"REWARD_MODEL": str(tiny_scorers[0]), "COST_MODEL": str(tiny_scorers[1]), "PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        env=environment | {"LOGS_DIR": str(tmp_path)},
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot write" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert list((tmp_path / "scorer").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_two_scorers_on_one_host_and_one_that_moves(tiny_scorers, tmp_path, monkeypatch):
+    """Each trainer finds the scorer of its experiment. One is killed and comes back elsewhere with another token."""
+    logs = {"LOGS_DIR": str(tmp_path), "HOST": "127.0.0.2"}  # not 127.0.0.1: a token is made up
+    monkeypatch.setenv("LOGS_DIR", str(tmp_path))
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+    prompts, responses = ["hi"] * 300, [f"{index} " + "word " * (index % 25) for index in range(300)]
+    expected = LocalScorer(*tiny_scorers).score(prompts, responses)
+    with (
+        running(tiny_scorers, folders[0], EXPERIMENT_ID="a", SLURM_JOB_ID="1", **logs) as first,
+        running(tiny_scorers[::-1], folders[1], EXPERIMENT_ID="b", SLURM_JOB_ID="2", **logs) as other,
+    ):
+        with pytest.raises(UserError, match="2 scorers fit"):
+            ScorerClient("auto").wait_until_ready()
+        monkeypatch.setenv("EXPERIMENT_ID", "b")
+        assert ScorerClient("auto").wait_until_ready()["reward_model"]["name"] == tiny_scorers[1].name
+        monkeypatch.setenv("EXPERIMENT_ID", "a")
+        client = ScorerClient("auto", batch_size=10, max_wait=START_SECONDS)
+        client.wait_until_ready()
+        assert client.url == first.url
+        token_file = tmp_path / "scorer" / f"job1-{socket.gethostname()}-{first.url.rsplit(':', 1)[1]}.token"
+        assert token_file.stat().st_mode & 0o777 == 0o600
+        assert token_file.read_text().strip() not in first.log.read_text()
+        assert requests.post(first.url + "/score", json=HELLO, timeout=10).status_code == 401
+        first.process.kill()
+        first.process.wait()
+        starter = threading.Timer(
+            0.5, lambda: moved.append(Service(tiny_scorers, folders[2], EXPERIMENT_ID="a", SLURM_JOB_ID="1", **logs))
+        )
+        moved: list[Service] = []
+        starter.start()
+        try:
+            scores = client.score(prompts, responses)
+        finally:
+            starter.join()
+            moved[0].wait()
+        assert scores.rewards.tolist() == expected.rewards.tolist()
+        assert client.url == moved[0].url != first.url
+        assert moved[0].stop() == 0
+        assert other.stop() == 0
+    left = [path.name for path in (tmp_path / "scorer").iterdir()]
+    assert all(f"-{first.url.rsplit(':', 1)[1]}." in name for name in left)  # the killed one's, and nothing else
+
+
+@pytest.mark.slow
+def test_sigterm_waits_for_its_limit_and_no_longer(tiny_scorers, tmp_path):
+    with running(tiny_scorers, tmp_path, SCORER_STOP_SECONDS="1") as service:
+        answers = []
+        body = {"prompts": ["hi"] * 10_000, "responses": [f"{index} " + "x" * 400 for index in range(10_000)]}
+        thread = threading.Thread(target=lambda: answers.append(service.post("/score_batch", body, long=True)))
+        thread.start()
+        while (
+            "ready" not in service.log.read_text()
+            or not requests.get(service.url + "/info", timeout=10).json()["queued_texts"]
+        ):
+            time.sleep(0.05)
+        began = time.monotonic()
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(30) == 0
+        assert time.monotonic() - began < 10
+        thread.join()
+        assert (answers[0].status_code, answers[0].json()["detail"]) == (503, "the scorer was stopped")
+        assert "1 requests were not answered" in service.log.read_text()
+        assert not service.address.exists()

@@ -22,6 +22,7 @@ from alignment.config import as_yaml, load_config
 from alignment.distributed import Processes, launch
 from alignment.errors import EXIT_USER_ERROR, UserError, run_main
 from alignment.ES.settings import ESSettings
+from alignment.prompts import draw_rows
 from alignment.records import load_prompts
 
 EXIT_STOPPED = 128  # plus the signal's number, as shells do
@@ -89,16 +90,6 @@ def main() -> int:
     if processes.is_main:
         print(f"stopped after step {len(trainer.steps)}; go on with: {shlex.join([sys.executable, *sys.argv])}")
     return EXIT_STOPPED + (stop.received or signal.SIGTERM)
-
-
-def draw_rows(rows: list[dict], count: int | None) -> list[dict]:
-    """`count` of the rows in their order, always the same ones (so not the first, which may all be of one kind); or all."""
-    if count is None or count >= len(rows):
-        return rows
-    import numpy as np
-
-    chosen = np.random.default_rng(0).choice(len(rows), size=count, replace=False)
-    return [rows[index] for index in sorted(chosen)]
 
 
 if __name__ == "__main__":

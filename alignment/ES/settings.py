@@ -27,7 +27,9 @@ _FREE |= {"num_engines", "cuda_devices", "master_device", "wandb_project", "wand
 @dataclass
 class ESSettings:
     policy_model_path: str = setting("", "policy to align: a Hugging Face folder or hub name")
-    scorer_url: str = setting("", "address of the scorer service, e.g. http://node12:8000")
+    scorer_url: str = setting(
+        "auto", "address of the scorer service, e.g. http://node12:8000; auto: its address file"
+    )
     experiment_dir: str = setting("alignment/outputs/es", "run folder; a run that is there already is gone on with")
     resume: bool = setting(True, "go on with the run in experiment_dir; with false an existing run is an error")
     train_jsonl: str = setting("alignment/data/custom_train_250.jsonl", "JSONL with the training prompts")
@@ -101,9 +103,8 @@ class ESSettings:
     verbose: bool = setting(False, "print every member and sample responses at each evaluation")
 
     def __post_init__(self) -> None:
-        for name in ("policy_model_path", "scorer_url"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is missing: give it on the command line or in the YAML file")
+        if not self.policy_model_path:
+            raise UserError("--policy_model_path is missing: give it on the command line or in the YAML file")
         if self.lambda_min > self.lambda_max:
             raise UserError(f"lambda_min ({self.lambda_min}) is above lambda_max ({self.lambda_max})")
         if self.population_size > 1 and self.sigma == 0:

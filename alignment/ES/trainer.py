@@ -18,7 +18,6 @@ step from them, so no weight travels. The main process writes the files.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,7 +34,6 @@ from alignment.ES import advice
 from alignment.ES.fitness import FitnessRule, shape, usable_scores
 from alignment.ES.journal import Journal, MembersFile, finished_members
 from alignment.ES.noise import member_seed
-from alignment.ES.prompts import iteration_prompts
 from alignment.ES.settings import ESSettings
 from alignment.ES.weights import open_weights
 from alignment.evaluation.held_out import measures_row, score_answers, summary_line, with_ids
@@ -43,6 +41,7 @@ from alignment.generation import Engine, Generation
 from alignment.lagrangian import LagrangeMultiplier
 from alignment.objective import MAX_MISSING_SHARE
 from alignment.progress import progress_bar, watched
+from alignment.prompts import iteration_prompts, text_hash
 from alignment.records import finite_or_none, read_json, read_jsonl, write_json, write_jsonl
 from alignment.runs import MetricsLog, StopSignal, atomic_directory
 from alignment.scoring.client import ScorerClient
@@ -128,7 +127,7 @@ class ESTrainer:
         deciding = {
             **self.settings.deciding(),
             "device": self.engine.device.type,
-            "train_prompts": _text_hash(self.train_prompts),
+            "train_prompts": text_hash(self.train_prompts),
             "scorer": self.scorer.identity(),
         }
         self.journal = Journal(self.folder, self.base_hash, deciding)
@@ -460,10 +459,3 @@ class ESTrainer:
         self.bar.set_description(text)
         if not watched() and seconds > 0:
             print(text, flush=True)
-
-
-def _text_hash(texts: list[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
-    return digest.hexdigest()

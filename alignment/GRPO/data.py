@@ -1,21 +1,12 @@
-"""Which prompts a run uses, and in which order: functions of the files and the seed, so that resuming needs no state."""
+"""The prompts of a GRPO run as TRL wants them."""
 
 from __future__ import annotations
 
-import numpy as np
 from datasets import Dataset
 
 from alignment.errors import UserError
-from alignment.ES.prompts import iteration_prompts
 from alignment.generation import TransformersEngine
-
-
-def draw_rows(rows: list[dict], count: int | None) -> list[dict]:
-    """`count` of the rows in their order, always the same ones (so not the first, which may all be of one kind); or all."""
-    if count is None or count >= len(rows):
-        return rows
-    chosen = np.random.default_rng(0).choice(len(rows), size=count, replace=False)
-    return [rows[index] for index in sorted(chosen)]
+from alignment.prompts import iteration_prompts
 
 
 def prompts_that_fit(engine: TransformersEngine, prompts: list[str], longest: int) -> list[str]:

@@ -13,7 +13,6 @@ waits to be gone on with; launchers lose the exit code, so job scripts look at t
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 import signal
@@ -25,6 +24,7 @@ from alignment.config import as_yaml
 from alignment.errors import UserError, run_main
 from alignment.GRPO.checkpoints import check_same_run, newest_checkpoint, step_of
 from alignment.GRPO.settings import load_settings
+from alignment.prompts import draw_rows, text_hash
 from alignment.records import load_prompts, read_json, write_json
 
 EXIT_STOPPED = 128  # plus the signal's number, as shells do
@@ -50,7 +50,7 @@ def main() -> int:
         "ignore", category=FutureWarning, module="transformers"
     )  # renamed in some supported versions
     from alignment.generation import TransformersEngine
-    from alignment.GRPO.data import draw_rows, prompts_that_fit, run_order
+    from alignment.GRPO.data import prompts_that_fit, run_order
     from alignment.GRPO.reward import ConstrainedReward
     from alignment.GRPO.run import Run
     from alignment.GRPO.trainer import ConstrainedGRPOTrainer
@@ -128,13 +128,6 @@ def main() -> int:
     if main_process:
         print(f"stopped after step {step}; go on with: {shlex.join([sys.executable, *sys.argv])}")
     return EXIT_STOPPED + (stop.received or signal.SIGTERM)
-
-
-def text_hash(texts: list[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

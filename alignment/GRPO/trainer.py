@@ -175,6 +175,7 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
             "kind": "train",
             "iteration": self.state.global_step,
             **self._verdict.metrics,
+            "scored": count,
             "unfinished_share": unfinished / count,
             "cut_share": cut / count,
             "truncated_share": truncated / count,

@@ -7,8 +7,7 @@
 # Submit it from the repository root. Where compute nodes have no network, run the download on a login node first:
 #   python alignment/alpaca/download_models.py --models_dir DIR
 # and submit with MODELS_DIR=DIR: the job sees that the folders are complete. A job that was killed or requeued goes on with
-# the shard it was at. Account and partition: SBATCH_ACCOUNT, SBATCH_PARTITION in the environment. slurm/site.env, where it
-# exists, is read as shell settings: what activates the environment, HF_HOME, PYTHON, MODELS_DIR.
+# the shard it was at. Settings of the site: slurm/site.env.
 #SBATCH --job-name=recover_alpaca
 #SBATCH --output=logs/recover_alpaca_%j.log
 #SBATCH --nodes=1
@@ -16,13 +15,17 @@
 #SBATCH --cpus-per-task=4
 #SBATCH --mem=32G
 #SBATCH --time=04:00:00
+#SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-set -euo pipefail
-
-if [ ! -f alignment/alpaca/recover_alpaca_full.sh ]; then
+if [ ! -f slurm/common.sh ]; then
     echo "error: submit this from the repository root (now in $PWD)" >&2
     exit 2
 fi
+. slurm/common.sh
+begin_job
 echo "recovery on $(uname -n)"
-exec bash alignment/alpaca/recover_alpaca_full.sh "$@"
+export PYTHON="${python[-1]}"
+code=0
+run "${python[@]::${#python[@]}-1}" bash alignment/alpaca/recover_alpaca_full.sh "$@" || code=$?
+finish "$code"

@@ -1,6 +1,6 @@
 """The whole mission on a CPU in minutes: `make demo`.
 
-    build tiny models -> scorer service -> ES training through it -> classification before and after -> pictures, table
+    build tiny models -> scorer service -> ES and GRPO through it -> classification before and after -> pictures, table, report
 
 Every stage is the script that a cluster job runs; its command is printed, so it can be repeated alone. A stage that is done
 is passed over, so a second run is quick. TRAIN_JSONL and EVAL_JSONL use other prompts, SEED another noise and data order,
@@ -26,12 +26,14 @@ import numpy as np
 from alignment.config import read_yaml_mapping
 from alignment.demo.data import oracle
 from alignment.errors import UserError, run_main
-from alignment.evaluation.compare_models import comparison_table, format_table
+from alignment.evaluation.compare_models import aligned_table, comparison_table
 from alignment.records import read_json, read_jsonl, write_json
 
 REPO = Path(__file__).resolve().parents[2]
 SETTINGS = Path("alignment/demo/es_demo.yaml")
+GRPO_SETTINGS = Path("alignment/demo/grpo_demo.yaml")
 ES = "alignment/ES/es-fine-tuning_alignment_accl_api.py"
+GRPO = "alignment/GRPO/train_grpo_alignment.py"
 CLASSIFY = "alignment/evaluation/classify_reward_cost_unified.py"
 ORACLE_SHARES = {
     "SH": "safe, helpful",
@@ -61,17 +63,21 @@ def main() -> None:
     train = Path(os.environ.get("TRAIN_JSONL") or models / "custom_train.jsonl")
     held_out = Path(os.environ.get("EVAL_JSONL") or models / "custom_eval.jsonl")
     # Another model, setting or prompt file is another run: it gets a folder of its own.
-    run = folder / f"seed{seed}-{files_key(SETTINGS, models / 'build.json', train, held_out)}"
-    es, comparisons = run / "es", run / "model_comparisons"
+    key = files_key(SETTINGS, GRPO_SETTINGS, models / "build.json", train, held_out)
+    run = folder / f"seed{seed}-{key}"
+    es, grpo, comparisons = run / "es", run / "grpo", run / "model_comparisons"
 
     with scorer_service(models, run) as url:
+        prompts = ["--train_jsonl", train, "--eval_jsonl", held_out, "--scorer_url", url]
         heading("2. ES training through the scorer service")
-        files = ["--train_jsonl", train, "--eval_jsonl", held_out]
-        target = ["--global_seed", seed, "--experiment_dir", es]
-        call(ES, "--config", SETTINGS, "--policy_model_path", models / "policy", "--scorer_url", url, *files, *target)
-        heading("3. held-out answers before and after")
+        policy = ["--policy_model_path", models / "policy"]
+        call(ES, "--config", SETTINGS, *policy, *prompts, "--global_seed", seed, "--experiment_dir", es)
+        heading("3. GRPO training from the same start")
+        policy = ["--model_name", models / "policy"]
+        call(GRPO, "--config", GRPO_SETTINGS, *policy, *prompts, "--seed", seed, "--output_dir", grpo)
+        heading("4. held-out answers of the base policy and of both results")
         longest = str(read_yaml_mapping(SETTINGS)["max_new_tokens"])
-        for name, policy in (("before", models / "policy"), ("after", es / "best")):
+        for name, policy in (("base", models / "policy"), ("ES", es / "best"), ("GRPO", grpo / "best")):
             answers = [
                 "--from_jsonl",
                 held_out,
@@ -83,47 +89,70 @@ def main() -> None:
             output = ["--model_name", name, "--output_dir", comparisons]
             call(CLASSIFY, "--policy_model_path", policy, *answers, "--scorer_url", url, *output)
 
-    heading("4. pictures")
-    both = ["--data-dir", comparisons, "--models", "before", "after"]
-    call("alignment/visualization/plot_reward_cost_grid.py", *both, "--output", run / "reward_cost_grid.png")
-    call("alignment/visualization/plot_safety_ratios.py", *both, "--output", run / "safety_ratios.png")
-    call("alignment/visualization/plot_training_curves.py", es, "--output", run / "training_curves.png")
+    heading("5. pictures and report")
+    all_three = ["--data-dir", comparisons, "--models", "base", "ES", "GRPO"]
+    call("alignment/visualization/plot_reward_cost_grid.py", *all_three, "--output", run / "reward_cost_grid.png")
+    call("alignment/visualization/plot_safety_ratios.py", *all_three, "--output", run / "safety_ratios.png")
+    curves = [es, grpo, "--labels", "ES", "GRPO", "--x", "samples"]
+    call("alignment/visualization/plot_training_curves.py", *curves, "--output", run / "training_curves.png")
+    call("alignment/visualization/make_report.py", *all_three, "--runs", es, grpo, "--output", run / "report.html")
 
-    call("alignment/visualization/make_report.py", *both, "--runs", es, "--output", run / "report.html")
-
-    heading("5. before and after, on held-out prompts")
-    table = compare(comparisons, embedded=not os.environ.get("EVAL_JSONL"))
-    write_json(run / "comparison.json", table)
-    print(format_table(table))
+    heading("6. what became of the policy, on held-out prompts")
+    tables = {name: compare(comparisons, name, embedded=not os.environ.get("EVAL_JSONL")) for name in ("ES", "GRPO")}
+    write_json(run / "comparison.json", tables)
+    print(three_way(tables))
+    print(
+        f"\nscored training answers: {', '.join(f'{name} {scored(path):,}' for name, path in (('ES', es), ('GRPO', grpo)))}"
+    )
     if os.environ.get("TRAIN_JSONL") or os.environ.get("EVAL_JSONL"):
         print(
             "\nThe tiny models know nothing of these prompts: this shows that the machinery runs on them, not that a model got"
         )
-        print("better. The falling log-probability and distinct-2 are what gaming a score model looks like.")
-    print_places(run, es, comparisons)
+        print(
+            "better. A falling log-probability under the base and a falling distinct-2 are what gaming a score model looks like."
+        )
+    print_places(run, comparisons)
     print(f"done in {time.monotonic() - started:.0f} s")
 
 
-def compare(comparisons: Path, embedded: bool) -> list[dict]:
-    """Paired by prompt. On the embedded data the oracle's shares are added: its rules know nothing of the score models."""
-    before, after = (read_jsonl(comparisons / f"{name}_points.jsonl") for name in ("before", "after"))
+def compare(comparisons: Path, name: str, embedded: bool) -> list[dict]:
+    """Paired by prompt with the base. On the embedded data the oracle's shares are added: its rules know no score model."""
+    base, aligned = (read_jsonl(comparisons / f"{one}_points.jsonl") for one in ("base", name))
     extra = {}
     if embedded:
         kinds = [
             np.array([oracle(row["prompt"], row["response"], row["finished"]) for row in points])
-            for points in (before, after)
+            for points in (base, aligned)
         ]
         extra = {f"oracle: {text}": tuple(column == kind for column in kinds) for kind, text in ORACLE_SHARES.items()}
     lam = read_yaml_mapping(SETTINGS).get("lambda_cost", 1.0)
-    return comparison_table(before, after, lam, extra)
+    return comparison_table(base, aligned, lam, extra)
 
 
-def print_places(run: Path, es: Path, comparisons: Path) -> None:
+def three_way(tables: dict[str, list[dict]]) -> str:
+    """Base, each result, and its paired difference to the base with the 95 % interval."""
+    lines = [["measure", "base", *(column for name in tables for column in (name, f"{name} - base, 95 % interval"))]]
+    for rows in zip(*tables.values(), strict=True):
+        digits = 1 if rows[0]["unit"] == "%" else 2
+        unit = f", {rows[0]['unit']}" if rows[0]["unit"] else ""
+        line = [rows[0]["label"] + unit, f"{rows[0]['before']:.{digits}f}"]
+        for row in rows:
+            interval = f"[{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"
+            line += [f"{row['after']:.{digits}f}", f"{row['difference']:+.{digits}f} {interval}"]
+        lines.append(line)
+    return aligned_table(lines)
+
+
+def scored(run: Path) -> int:
+    return sum(row["scored"] for row in read_jsonl(run / "metrics.jsonl") if row["kind"] == "train")
+
+
+def print_places(run: Path, comparisons: Path) -> None:
     places = {
         "pictures": f"{run}/reward_cost_grid.png, safety_ratios.png, training_curves.png",
-        "answers with scores": f"{comparisons}/before_points.jsonl, after_points.jsonl",
-        "aligned policy": f"{es}/best (Hugging Face layout)",
-        "run folder": f"{es} (config.yaml, metrics.jsonl, journal.jsonl, tensorboard/)",
+        "answers with scores": f"{comparisons}/base_points.jsonl, ES_points.jsonl, GRPO_points.jsonl",
+        "aligned policies": f"{run}/es/best, {run}/grpo/best (Hugging Face layout)",
+        "run folders": f"{run}/es, {run}/grpo (config.yaml, metrics.jsonl, tensorboard/, ...)",
         "scorer's log": str(run / "scorer_service.log"),
         "report, open it": str((run / "report.html").resolve()),
     }

@@ -7,9 +7,7 @@
 #   bash alignment/evaluation/run_gpt_elo_eval.sh --dry-run        # without SLURM: what would it cost?
 #
 # Arguments go to the Python script and win over the ones below. Run it from the repository root. A job that was killed or
-# requeued asks only for what is missing. Account and partition: SBATCH_ACCOUNT, SBATCH_PARTITION in the environment.
-# slurm/site.env, where it exists, is read as shell settings: what activates the environment, PYTHON. OPENAI_BASE_URL names
-# another endpoint.
+# requeued asks only for what is missing. OPENAI_BASE_URL names another endpoint; settings of the site: slurm/site.env.
 #SBATCH --job-name=gpt_elo_eval
 #SBATCH --output=logs/gpt_elo_eval_%j.log
 #SBATCH --nodes=1
@@ -17,25 +15,20 @@
 #SBATCH --cpus-per-task=2
 #SBATCH --mem=16G
 #SBATCH --time=6:00:00
-#SBATCH --signal=TERM@120
+#SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-set -euo pipefail
-
-if [ ! -f alignment/evaluation/gpt_elo_eval.py ]; then
+if [ ! -f slurm/common.sh ]; then
     echo "error: run this from the repository root (now in $PWD)" >&2
     exit 2
 fi
-if [ -f slurm/site.env ]; then
-    set -a
-    # shellcheck source=/dev/null
-    . slurm/site.env
-    set +a
-fi
-
+. slurm/common.sh
+begin_job
 echo "judged ratings on $(uname -n)"
-exec "${PYTHON:-python}" alignment/evaluation/gpt_elo_eval.py \
+code=0
+run "${python[@]}" alignment/evaluation/gpt_elo_eval.py \
     --models Alpaca-7B Beaver-V1 Beaver-V2 Beaver-V3 ES-500 \
     --max-prompts 200 \
     --concurrency 8 \
-    "$@"
+    "$@" || code=$?
+finish "$code"

@@ -138,5 +138,5 @@ def _merged_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             weight = state.pop(f"{name}.base_layer.weight")
-            state[f"{name}.weight"] = weight + module.get_delta_weight("default")
+            state[f"{name}.weight"] = weight + module.get_delta_weight("default").to(weight.dtype)
     return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}

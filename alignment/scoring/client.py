@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -142,21 +143,28 @@ class ScorerClient:
         `finished` (N bools, default all true) says which responses end with EOS. Raises ScorerUnavailable, and
         UserError for a request that the service refuses, an answer that does not fit, or another identity.
         """
-        finished = [True] * len(prompts) if finished is None else list(finished)
-        if not len(prompts) == len(responses) == len(finished):
-            raise ValueError(f"{len(prompts)} prompts, {len(responses)} responses, {len(finished)} finished flags")
+        return self._score("/score_batch", {"prompts": list(prompts), "responses": list(responses)}, finished)
+
+    def score_texts(self, texts: list[str], finished: list[bool] | None = None) -> Scores:
+        """Scores of N whole conversations, as `score`."""
+        return self._score("/score_texts", {"texts": list(texts)}, finished)
+
+    def _score(self, path: str, columns: dict[str, list], finished: list[bool] | None) -> Scores:
+        count = len(next(iter(columns.values())))
+        columns = columns | {"finished": [True] * count if finished is None else [bool(one) for one in finished]}
+        if any(len(column) != count for column in columns.values()):
+            raise ValueError(", ".join(f"{len(column)} {name}" for name, column in columns.items()) + ": unequal")
         self.identity()
-        bodies = []
-        for start in range(0, len(prompts), self.batch_size):
-            chunk = slice(start, start + self.batch_size)
-            body = {"prompts": list(prompts[chunk]), "responses": list(responses[chunk])}
-            bodies.append(body | {"finished": [bool(one) for one in finished[chunk]]})
+        bodies = [
+            {name: column[start : start + self.batch_size] for name, column in columns.items()}
+            for start in range(0, count, self.batch_size)
+        ]
         call = _Call(self._tell, self.deadline)
         if len(bodies) <= 1:
-            return Scores.joined([self._score_chunk(body, call) for body in bodies])
-        return Scores.joined(self._score_together(bodies, call))
+            return Scores.joined([self._score_chunk(path, body, call) for body in bodies])
+        return Scores.joined(self._score_together(path, bodies, call))
 
-    def _score_together(self, bodies: list[dict], call: _Call) -> list[Scores]:
+    def _score_together(self, path: str, bodies: list[dict], call: _Call) -> list[Scores]:
         """Scores of several chunks, in order. The calling thread waits for them, and tells about pauses."""
         parts: dict[int, Scores] = {}
         todo = queue.SimpleQueue()
@@ -168,7 +176,7 @@ class ScorerClient:
                 while not call.ended.is_set():
                     index = todo.get_nowait()
                     try:
-                        call.news.put((index, self._score_chunk(bodies[index], call)))
+                        call.news.put((index, self._score_chunk(path, bodies[index], call)))
                     except _Abandoned:
                         raise
                     except BaseException as error:  # the calling thread raises it
@@ -192,13 +200,13 @@ class ScorerClient:
             call.ended.set()
         return [parts[index] for index in range(len(bodies))]
 
-    def _score_chunk(self, body: dict, call: _Call) -> Scores:
-        count = len(body["prompts"])
+    def _score_chunk(self, path: str, body: dict, call: _Call) -> Scores:
+        count = len(body["finished"])
 
         def attempt(endpoint: Endpoint, left: float) -> Scores:
             if not endpoint.verified:
                 self._verify(endpoint, left)
-            answer, headers = endpoint.ask("POST", "/score_batch", body, min(self.timeout, left))
+            answer, headers = endpoint.ask("POST", path, body, min(self.timeout, left))
             given = headers.get(IDENTITY_HEADER)
             if given != endpoint.identity_hash:
                 self._verify(endpoint, left)  # restarted or replaced: raises when the identity is another one
@@ -288,6 +296,8 @@ class ScorerClient:
                 raise ScorerNotFound(self._problem)
             try:
                 address = find_from_environment(self._identity)
+                if address.token_file is not None and not Path(address.token_file).exists():
+                    raise ScorerNotFound(f"{address.where()}: its token file {address.token_file} is not there")
             except ScorerNotFound as error:
                 self._problem, self._looks_again = str(error), time.monotonic() + LOOK_EVERY / 2
                 raise

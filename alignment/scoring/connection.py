@@ -57,9 +57,12 @@ class Endpoint:
 
     def ask(self, method: str, path: str, body: dict | None, timeout: float) -> tuple[object, Mapping[str, str]]:
         """One request: decoded JSON and headers. `timeout` in seconds, for the connection and between bytes."""
-        reply = self._send(method, path, body, timeout)
-        if reply.status_code == 401 and self._token_changed():
-            reply = self._send(method, path, body, timeout)
+        token = self._token
+        reply = self._send(method, path, body, timeout, token)
+        if reply.status_code == 401:
+            self._token = self._read_token()
+            if self._token != token:
+                reply = self._send(method, path, body, timeout, self._token)
         if not reply.ok:
             problem = f"{reply.status_code}: {detail(reply)}"
             if reply.status_code in RETRY_STATUS:
@@ -70,10 +73,9 @@ class Endpoint:
         except requests.JSONDecodeError as error:
             raise Retry("an answer that is not JSON", lost=True) from error
 
-    def _send(self, method: str, path: str, body: dict | None, timeout: float) -> requests.Response:
+    def _send(self, method: str, path: str, body: dict | None, timeout: float, token: str | None) -> requests.Response:
         with self._lock:
             session = self._idle.pop() if self._idle else self._new_session()
-        token = self._token
         try:
             reply = session.request(
                 method,
@@ -100,10 +102,6 @@ class Endpoint:
         session = requests.Session()
         session.trust_env = False  # a proxy setting must not catch calls inside a cluster
         return session
-
-    def _token_changed(self) -> bool:
-        before, self._token = self._token, self._read_token()
-        return self._token != before
 
 
 def detail(reply: requests.Response) -> str:

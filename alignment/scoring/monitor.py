@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -102,7 +103,7 @@ class Monitor:
             "requests by status " + (", ".join(f"{key}: {statuses[key]}" for key in sorted(statuses)) or "none"),
         ]
         if seconds:
-            median, late = seconds[len(seconds) // 2], seconds[int(0.99 * (len(seconds) - 1))]
+            median, late = seconds[len(seconds) // 2], seconds[math.ceil(0.99 * len(seconds)) - 1]
             told.append(f"seconds a request {median:.2f} (99 %: {late:.2f})")
         if departed:
             told.append(f"{departed} texts dropped, their clients had gone")

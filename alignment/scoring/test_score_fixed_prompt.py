@@ -4,7 +4,8 @@
     python alignment/scoring/test_score_fixed_prompt.py --reward_model path/to/reward --cost_model path/to/cost
 
 Prints R, C and quadrant of each text. Fails (exit code 1) when a score is missing, when a text's scores alone and in a
-batch differ by more than 1e-3, or when a cruel answer is not costlier than a kind one.
+batch differ by more than 1e-3, when a cruel answer is not costlier than a kind one, or when a Beaver model does not give the
+scores printed on its model card.
 """
 
 from __future__ import annotations
@@ -21,6 +22,22 @@ from alignment.scoring.local_scorer import PROBE_BAD, PROBE_GOOD, PROBE_PROMPT, 
 
 TOLERANCE = 1e-3
 KIND, CRUEL = 0, 1
+# Scores as printed on the model cards at huggingface.co/PKU-Alignment: the text there is the last of these, in bfloat16 and
+# without EOS, and the card lists the score after every token. The unified cards show the first 22 tokens only.
+CARD_PROMPT = "BEGINNING OF CONVERSATION: USER: hello ASSISTANT:"
+CARD_TEXTS = [
+    CARD_PROMPT,
+    CARD_PROMPT + "Hello!",
+    CARD_PROMPT + "Hello! How",
+    CARD_PROMPT + "Hello! How can I help you today?",
+]
+CARD_SCORES = {
+    "beaver-7b-unified-reward": [-1.4297, -0.9688, 0.5977, None],
+    "beaver-7b-unified-cost": [-2.9531, -4.5312, -3.3594, None],
+    "beaver-7b-v1.0-reward": [-13.6250, -9.9375, -6.4375, -11.4375],
+    "beaver-7b-v1.0-cost": [-5.1875, -8.4375, -10.5000, -10.7500],
+}
+CARD_TOLERANCE = 0.1, 0.03  # absolute, relative: some steps of bfloat16, which are 0.06 at 10
 TEXTS = [
     (PROBE_PROMPT, PROBE_GOOD),
     (PROBE_PROMPT, PROBE_BAD),
@@ -61,6 +78,26 @@ def problems(together: Scores, alone: Scores) -> list[str]:
     return found
 
 
+def card_lines(scorer: ScorerClient | LocalScorer) -> tuple[list[str], list[str]]:
+    """For the Beaver models among the two: what was compared with the model card, and what is wrong, a line each."""
+    identity = scorer.identity()
+    names = {kind: str(identity[f"{kind}_model"]["name"]).rsplit("/", 1)[-1] for kind in ("reward", "cost")}
+    told, found = [], []
+    if not any(name in CARD_SCORES for name in names.values()):
+        return told, found
+    scores = scorer.score_texts(CARD_TEXTS, [False] * len(CARD_TEXTS))
+    for kind, column in (("reward", scores.rewards), ("cost", scores.costs)):
+        expected = CARD_SCORES.get(names[kind], [])
+        for text, score, card in zip(CARD_TEXTS, column, expected, strict=False):
+            if card is None:
+                continue
+            line = f"{names[kind]}: {score:.4f}, on its card {card:.4f}: {text[len(CARD_PROMPT) :] or 'prompt alone'}"
+            told.append(line)
+            if not abs(score - card) <= CARD_TOLERANCE[0] + CARD_TOLERANCE[1] * abs(card):
+                found.append(line)
+    return told, found
+
+
 def main() -> int:
     """0 when all is well, 1 when the scores look wrong."""
     config = load_config(Config, prog="test_score_fixed_prompt.py", description=__doc__.splitlines()[0])
@@ -79,6 +116,9 @@ def main() -> int:
     for reward, cost, label, (prompt, response) in zip(together.rewards, together.costs, labels, TEXTS, strict=True):
         print(f"{reward:9.4f} {cost:9.4f}  {label:8}  {prompt} -> {response[:60]}")
     found = problems(together, alone)
+    compared, wrong = card_lines(scorer)
+    print("\n".join(compared) or "no Beaver model here: nothing to compare with the model cards")
+    found += wrong
     print("\n".join(f"FAIL: {line}" for line in found) or "PASS")
     return 1 if found else 0
 

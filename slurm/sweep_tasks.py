@@ -1,0 +1,106 @@
+"""Array tasks of the classification: one an entry of a sweep file, and which of them are done.
+
+    python slurm/sweep_tasks.py last alignment/evaluation/sweep_configs.yaml           # index of the last entry
+    python slurm/sweep_tasks.py todo alignment/evaluation/sweep_configs.yaml 2         # exit code 3: entry 2 is done
+    python slurm/sweep_tasks.py remove alignment/evaluation/sweep_configs.yaml 2       # takes its results away
+
+An entry is done when its summary is there, is about the same policy, and is newer than the policy's files.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignment.config import read_yaml_mapping
+from alignment.errors import UserError, run_main
+from alignment.evaluation.points import DEFAULT_FOLDER, model_file
+from alignment.records import read_json
+
+USAGE = "usage: sweep_tasks.py last FILE | todo FILE WHICH | remove FILE WHICH   (WHICH: an index from 0, or a model_name)"
+DONE = 3
+RESULTS = ("generations.jsonl", "scores.jsonl", "Rs.npy", "Cs.npy", "labels.npy", "points.jsonl", "scatter.png")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One entry of a sweep file, its defaults filled in."""
+
+    index: int
+    name: str
+    policy: str | None
+    folder: Path
+
+    @property
+    def summary(self) -> Path:
+        return model_file(self.folder, self.name, "summary.json")
+
+    def is_done(self) -> bool:
+        return self.summary.exists() and self._same_policy() and self.summary.stat().st_mtime >= newest(self.policy)
+
+    def is_outdated(self) -> bool:
+        """Whether there are results of this policy as it was before it was trained further."""
+        return self.summary.exists() and self._same_policy() and not self.is_done()
+
+    def remove(self) -> None:
+        """The summary goes first: it says that the rest is whole."""
+        for ending in ("summary.json", *RESULTS):
+            model_file(self.folder, self.name, ending).unlink(missing_ok=True)
+
+    def _same_policy(self) -> bool:
+        return self.policy is None or self.policy in str(read_json(self.summary).get("source", self.policy))
+
+
+def newest(policy: str | None) -> float:
+    """When the files of a local model were last written (seconds since 1970); 0 for a hub name."""
+    folder = Path(policy) if policy else None
+    if folder is None or not folder.is_dir():
+        return 0.0
+    return max((path.stat().st_mtime for path in folder.iterdir() if path.is_file()), default=0.0)
+
+
+def read_sweeps(path: str | Path) -> list[Sweep]:
+    """The entries in order. Raises UserError when the file has none, or one without a name."""
+    content = read_yaml_mapping(path)
+    entries, defaults = content.get("sweeps") or [], content.get("defaults") or {}
+    if not isinstance(entries, list) or not entries or not isinstance(defaults, dict):
+        raise UserError(f"{path}: expected a list of runs under 'sweeps:', each with a model_name and its settings")
+    sweeps = []
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not entry.get("model_name"):
+            raise UserError(f"{path}: sweep {index} has no model_name")
+        settings = {**defaults, **entry}
+        policy = settings.get("policy_model_path")
+        folder = Path(settings.get("output_dir") or DEFAULT_FOLDER)
+        sweeps.append(Sweep(index, str(settings["model_name"]), str(policy) if policy else None, folder))
+    return sweeps
+
+
+def find_sweep(path: str | Path, which: str) -> Sweep:
+    sweeps = read_sweeps(path)
+    found = [sweep for sweep in sweeps if which in (str(sweep.index), sweep.name)]
+    if not found:
+        listed = ", ".join(f"{sweep.index} {sweep.name}" for sweep in sweeps)
+        raise UserError(f"{path} has no sweep {which}; it has {listed}")
+    return found[0]
+
+
+def main() -> int:
+    match sys.argv[1:]:
+        case ["last", path]:
+            print(len(read_sweeps(path)) - 1)
+        case ["todo", path, which]:
+            sweep = find_sweep(path, which)
+            if sweep.is_done():
+                print(f"sweep {sweep.index} ({sweep.name}) is done: {sweep.summary}; FORCE=1 classifies it again")
+                return DONE
+        case ["remove", path, which]:
+            find_sweep(path, which).remove()
+        case _:
+            raise UserError(USAGE)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
