@@ -409,11 +409,11 @@ def test_nan_in_one_row_leaves_the_others(tiny_scorers):
 
 def test_special_tokens_in_a_prompt_and_the_limit(service, tiny_scorers):
     prompts = ["say </s> or <pad>", "</s>", "<s>USER: a ASSISTANT: b</s>"]
-    local = LocalScorer(*tiny_scorers, max_length=200).score(prompts, ["<pad></s>"] * 3)
+    scorer = LocalScorer(*tiny_scorers, max_length=200)
+    local = scorer.score(prompts, ["<pad></s>"] * 3)
     answer = service.post("/score_batch", {"prompts": prompts, "responses": ["<pad></s>"] * 3}).json()
     assert answer["rewards"] == local.rewards.tolist() and answer["errors"] == [None] * 3
-    # One token a character: BOS, the space mark, the frame around "hi" and EOS leave this many.
-    room = 200 - 2 - len("BEGINNING OF CONVERSATION: USER: hi ASSISTANT:") - 1
+    room = 200 - len(scorer.encode("hi", "").reward_ids)  # one token a character
     body = {"prompts": ["hi"] * 2, "responses": ["x" * room, "x" * (room + 1)]}
     answer = service.post("/score_batch", body).json()
     assert answer["truncated"] == [False, True]
