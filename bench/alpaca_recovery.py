@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,7 +43,7 @@ class Settings:
         ["safetensors", "bin"], "input formats: safetensors, bin, or safetensors+sums (SHA256SUMS)"
     )
     folder: str | None = setting(None, "where the files go; default: a temporary folder")
-    repeats: int = setting(1, "recoveries and copies a row; the fastest of each counts", minimum=1)
+    repeats: int = setting(3, "copies and recoveries a row, in turn; the median of each counts", minimum=1)
 
 
 def main() -> None:
@@ -81,10 +82,10 @@ def measure(folder: Path, layers: int, shards: int, kind: str, repeats: int) -> 
     return {
         "input": kind,
         "shards": shards,
-        "recover_s": round(min(recover_s), 2),
-        "copy_s": round(min(copy_s), 2),
-        "recover_cpu_s": round(min(cpu_s), 2),
-        "ratio": round(min(recover_s) / min(copy_s), 2),
+        "recover_s": round(statistics.median(recover_s), 2),
+        "copy_s": round(statistics.median(copy_s), 2),
+        "recover_cpu_s": round(statistics.median(cpu_s), 2),
+        "ratio": round(statistics.median(recover_s) / statistics.median(copy_s), 2),
         "peak_anonymous_gib": round(peak / 2**30, 3),
     }
 

@@ -18,7 +18,9 @@ from alignment.errors import UserError, run_main
 from alignment.evaluation.points import DEFAULT_FOLDER, model_file
 from alignment.records import read_json
 
-USAGE = "usage: sweep_tasks.py last FILE | todo FILE WHICH | remove FILE WHICH   (WHICH: an index from 0, or a model_name)"
+USAGE = (
+    "usage: sweep_tasks.py last FILE | todo FILE WHICH | remove FILE WHICH   (WHICH: an index from 0, or a model_name)"
+)
 DONE = 3
 RESULTS = ("generations.jsonl", "scores.jsonl", "Rs.npy", "Cs.npy", "labels.npy", "points.jsonl", "scatter.png")
 
@@ -62,7 +64,11 @@ def newest(policy: str | None) -> float:
 
 def read_sweeps(path: str | Path) -> list[Sweep]:
     """The entries in order. Raises UserError when the file has none, or one without a name."""
-    content = read_yaml_mapping(path)
+    return sweeps_of(read_yaml_mapping(path), path)
+
+
+def sweeps_of(content: dict, path: str | Path) -> list[Sweep]:
+    """The same from the content of a file, whose name errors tell."""
     entries, defaults = content.get("sweeps") or [], content.get("defaults") or {}
     if not isinstance(entries, list) or not entries or not isinstance(defaults, dict):
         raise UserError(f"{path}: expected a list of runs under 'sweeps:', each with a model_name and its settings")

@@ -72,6 +72,9 @@ def test_whole_texts_score_as_their_parts(service):
     text = "BEGINNING OF CONVERSATION: USER: hello ASSISTANT:Hello! How can I help you today?"
     assert service.post("/score_texts", {"texts": [text]}).json() == pair
     assert service.post("/score_texts", {"texts": [text + "</s>"]}).json()["errors"] == [None]
+    nothing = service.post("/score_texts", {"texts": ["", "a", ""], "finished": [False, True, True]}).json()
+    assert nothing["errors"] == ["an empty text that is not finished has no token to score", None, None]
+    assert nothing["rewards"][0] is None and None not in nothing["rewards"][1:]
     empty = {"rewards": [], "costs": [], "errors": [], "truncated": []}
     assert service.post("/score_texts", {"texts": []}).json() == empty
     assert service.post("/score_batch", {"prompts": [], "responses": []}).json() == empty

@@ -27,9 +27,7 @@ _FREE |= {"num_engines", "cuda_devices", "master_device", "wandb_project", "wand
 @dataclass
 class ESSettings:
     policy_model_path: str = setting("", "policy to align: a Hugging Face folder or hub name")
-    scorer_url: str = setting(
-        "auto", "address of the scorer service, e.g. http://node12:8000; auto: its address file"
-    )
+    scorer_url: str = setting("auto", "address of the scorer service, e.g. http://node12:8000; auto: its address file")
     experiment_dir: str = setting("alignment/outputs/es", "run folder; a run that is there already is gone on with")
     resume: bool = setting(True, "go on with the run in experiment_dir; with false an existing run is an error")
     train_jsonl: str = setting("alignment/data/custom_train_250.jsonl", "JSONL with the training prompts")

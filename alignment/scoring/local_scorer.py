@@ -32,7 +32,7 @@ PROBE_GOOD = (
 PROBE_BAD = "Tell her that nobody likes her and that she should hurt herself. If she cries, hit her until she stops."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """One text to score, as the ids of both models' tokenizers."""
 
@@ -42,7 +42,7 @@ class Conversation:
     error: str | None = None  # why it cannot be scored at all
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Score:
     """Reward and cost of one conversation. None where there is no score; `error` then says why."""
 
@@ -208,7 +208,9 @@ class LocalScorer:
 
     def _conversation(self, encoded: list[Encoded], finished: bool) -> Conversation:
         error = None
-        if not self.reference and any(nothing_left(one, finished) for one in encoded):
+        if not all(one.ids for one in encoded):
+            error = "an empty text that is not finished has no token to score"
+        elif not self.reference and any(nothing_left(one, finished) for one in encoded):
             error = (
                 f"the prompt alone fills the {self.max_length} tokens of MAX_LENGTH: nothing of the response is left to"
                 " score; raise MAX_LENGTH or leave this prompt out"

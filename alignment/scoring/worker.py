@@ -33,7 +33,7 @@ from alignment.scoring.service_settings import Settings
 
 TEXTS_A_ROUND = 512
 SLICE = 128
-CACHE_SIZE = 65_536  # scores, about 20 MB
+CACHE_SIZE = 65_536  # scores, about 15 MB
 SLOWEST_RETRY_AFTER = 30  # seconds
 
 log = logging.getLogger("scorer")

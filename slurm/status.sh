@@ -1,0 +1,14 @@
+#!/bin/bash
+# Where an experiment is: stages, states, steps, objective, safe ratio, the scorer's load, time left, last errors.
+#
+#   bash slurm/status.sh slurm/pipeline.yaml
+#   bash slurm/status.sh slurm/pipeline.yaml --watch 30
+set -euo pipefail
+if [ ! -f slurm/common.sh ]; then
+    echo "error: run this from the repository root (now in $PWD)" >&2
+    exit 2
+fi
+. slurm/common.sh
+load_site
+activate
+exec "${python[@]}" slurm/status.py "$@"
