@@ -10,7 +10,9 @@ import numpy as np
 
 QUADRANTS = ("SH", "SU", "UH", "UU")
 
-MAX_MISSING_SHARE = 0.05  # of scores in a step or an evaluation; with more of them missing, the rest is not to be trusted
+MAX_MISSING_SHARE = (
+    0.05  # of scores in a step or an evaluation; with more of them missing, the rest is not to be trusted
+)
 
 
 def quadrant_labels(rewards: np.ndarray, costs: np.ndarray) -> np.ndarray:

@@ -27,22 +27,23 @@ mkdir -p "$results" logs
 echo "== all jobs, submitted at once"
 began=$SECONDS
 bash slurm/submit_pipeline.sh slurm/demo.yaml
-jobs="$(grep -oE '"[0-9]+"' "$results/demo/jobs.json" | tr -d '"' | paste -sd,)"
+mapfile -t jobs < <(grep -oE '"[0-9]+"' "$results/demo/jobs.json" | tr -d '"')
+listed="$(IFS=, && echo "${jobs[*]}")"
 shown=
-while [ -n "$(squeue --noheader --jobs="$jobs" 2>/dev/null)" ]; do
-    states="$(squeue --noheader --array --jobs="$jobs" --format='%j %K %T' 2>/dev/null | sort)"
+while [ -n "$(squeue --noheader --jobs="$listed" 2>/dev/null)" ]; do
+    states="$(squeue --noheader --array --jobs="$listed" --format='%j %K %T' 2>/dev/null | sort)"
     if [ "$states" != "$shown" ]; then
         bash slurm/status.sh slurm/demo.yaml
         shown="$states"
     fi
     if [ $((SECONDS - began)) -gt "${DEMO_LIMIT:-900}" ]; then
-        scancel ${jobs//,/ }
+        scancel "${jobs[@]}"
         fail "not done after $((SECONDS - began)) s: see logs/"
     fi
     sleep 3
 done
 bash slurm/status.sh slurm/demo.yaml
-for job in ${jobs//,/ }; do
+for job in "${jobs[@]}"; do
     bad="$(scontrol --oneliner show job "$job" | grep -v 'JobState=COMPLETED' | grep -oE 'JobName=\S+|JobState=\S+' | paste -sd' ' || true)"
     [ -z "$bad" ] || fail "job $job did not complete: $bad"
 done

@@ -196,9 +196,7 @@ def test_other_content_types(small, kind):
     assert answer.status_code == 415 and "Content-Type: application/json" in answer.json()["detail"]
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"{", b"\xff", b"[" * 10_000, b"nul", b'{"texts": [' + b"1" * 5000 + b"]}"]
-)
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[" * 10_000, b"nul", b'{"texts": [' + b"1" * 5000 + b"]}"])
 def test_what_is_no_json(small, data):
     kind = {"Content-Type": "application/json; charset=utf-8"}
     answer = requests.post(small[1] + "/score_texts", data=data, headers=kind, timeout=10)
