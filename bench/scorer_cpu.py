@@ -1,6 +1,6 @@
 """Batching on a CPU: texts a second of the scorer's batches beside padding in arrival order, on a real length mix.
 
-    python bench/scorer_cpu.py --lengths FILE.csv [--texts 1024] [--hidden 256] [--layers 4] [--threads 1]
+    python bench/scorer_cpu.py --lengths FILE.csv [--texts 512] [--hidden 256] [--layers 4] [--threads 1]
 
 FILE.csv has rows "prompt,response" in tokens. Arrival order: batches of 32 as they come, padded to their longest text, as the
 published service does. Ours: rounds of as many texts as the worker takes, through BatchScorer, deterministic (the default on
@@ -78,7 +78,7 @@ def padded_tokens(texts: list[tuple[int, ...]]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--lengths", required=True, help="CSV of prompt and response lengths in tokens")
-    parser.add_argument("--texts", type=int, default=1024)
+    parser.add_argument("--texts", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)

@@ -108,7 +108,8 @@ begin_job() {
     trap 'on_signal TERM' TERM INT # what runs in the background of a script does not hear Ctrl-C
     if ! in_job; then return; fi
     local restarts="${SLURM_RESTART_COUNT:-0}"
-    echo "== job $SLURM_JOB_ID (${SLURM_JOB_NAME:-}), start $((restarts + 1)), on ${SLURM_JOB_NODELIST:-?}, $(date '+%F %T')"
+    echo "== job $SLURM_JOB_ID (${SLURM_JOB_NAME:-}), start $((restarts + 1)), $(date '+%F %T')," \
+        "on ${SLURM_JOB_NODELIST:-?}, GPUs ${CUDA_VISIBLE_DEVICES:-none}"
     if [ "$restarts" -gt "${MAX_RESTARTS:-20}" ]; then
         fail "queued again $restarts times, more than MAX_RESTARTS=${MAX_RESTARTS:-20}; submit it again to go on"
     fi

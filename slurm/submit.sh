@@ -66,6 +66,8 @@ elif [ -n "$last" ]; then
     site+=("--array=0-$last")
 fi
 
-problem="$(sbatch --test-only "${site[@]}" "${options[@]}" "$@" 2>&1)" ||
-    fail "SLURM refuses $script: $(sed -n 's/^\(sbatch: \)\?\(error: \)\?\(allocation failure: \)\?//p' <<<"$problem" | tail -n 1)"
+if ! told="$(sbatch --test-only "${site[@]}" "${options[@]}" "$@" 2>&1)"; then
+    problem="$(grep -m 1 'error: ' <<<"$told" || tail -n 1 <<<"$told")"
+    fail "SLURM refuses $script: ${problem##*error: }"
+fi
 exec sbatch "${site[@]}" "${options[@]}" "$@"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignment.conversation import PKU, encode_text, get_template, load_tokenizer
+from alignment.conversation import LONG_TEXT, PKU, backend_ids, encode_text, get_template, load_tokenizer
 from alignment.errors import UserError
 
 TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -193,6 +194,25 @@ def test_byte_level_tokenizers_encode_a_text_as_a_whole(tmp_path):
     text = "Grüße 👋<|end|> next"
     assert encode_text(tokenizer, text) == tokenizer(text)["input_ids"]
     assert get_template("pku").encode_conversation(tokenizer, "a", "b").ids[-1] == tokenizer.eos_token_id
+
+
+def test_long_texts_get_the_same_ids_and_let_other_threads_run(tokenizer):
+    text = "a word </s> 👋 " * 20_000
+    assert len(text) > LONG_TEXT
+    ticks = []
+    ended = threading.Event()
+
+    def tick():
+        while not ended.wait(0.01):
+            ticks.append(1)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    ids = backend_ids(tokenizer.backend_tokenizer, text)
+    ended.set()
+    thread.join()
+    assert ids == tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    assert ticks
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path):

@@ -101,6 +101,7 @@ def test_the_run_folder_holds_what_it_promises(undisturbed, tiny_policy):
     assert not [path for path in run.rglob("*") if ".tmp" in path.name]
     for name in ("final", "best"):
         AutoModelForCausalLM.from_pretrained(str(run / name))
+        assert str(tiny_policy) in (run / name / "README.md").read_text()
     base = AutoModelForCausalLM.from_pretrained(str(tiny_policy)).state_dict()
     assert not all(torch.equal(base[name], tensor) for name, tensor in final_weights(run).items())
     assert "step 4/4 objective" in done.stdout

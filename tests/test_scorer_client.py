@@ -135,6 +135,32 @@ def test_another_identity_is_an_error():
             client.wait_until_ready()
 
 
+def test_a_resumed_run_expects_the_identity_that_it_began_with():
+    with FakeScorer() as scorer:
+        client = ScorerClient(scorer.url, expected_identity=scorer.identity | {"dtype": "bfloat16"})
+        for ask in (client.wait_until_ready, lambda: client.score(["a"], ["b"])):
+            with pytest.raises(UserError, match="dtype was 'bfloat16', is 'float32'; the run began with the former"):
+                ask()
+        client = ScorerClient(scorer.url, expected_identity=dict(scorer.identity))
+        assert client.score(["a"], ["b"]).errors == [None]
+
+
+def test_whole_texts():
+    def answer(number, body):
+        assert body == {"texts": ["a b", "c"], "finished": [False, True]}
+        return {
+            "rewards": [1.0, 2.0],
+            "costs": [3.0, None],
+            "errors": [None, "cost is nan"],
+            "truncated": [True, False],
+        }
+
+    with FakeScorer(answer) as scorer:
+        scores = ScorerClient(scorer.url).score_texts(["a b", "c"], [False, True])
+    assert scores.rewards.tolist() == [1, 2] and scores.errors == [None, "cost is nan"]
+    assert scores.costs[0] == 3 and np.isnan(scores.costs[1]) and scores.truncated == [True, False]
+
+
 def test_what_changed_is_said_by_key():
     known = {"cost_model": {"name": "c", "weights": "a"}, "dtype": "float32"}
     now = {"cost_model": {"name": "c", "weights": "b"}, "dtype": "float32", "template": "pku"}

@@ -42,7 +42,7 @@ from alignment.lagrangian import LagrangeMultiplier
 from alignment.objective import MAX_MISSING_SHARE
 from alignment.progress import progress_bar, watched
 from alignment.prompts import iteration_prompts, text_hash
-from alignment.records import finite_or_none, read_json, read_jsonl, write_json, write_jsonl
+from alignment.records import finite_or_none, read_json, read_jsonl, to_json, write_json, write_jsonl
 from alignment.runs import MetricsLog, StopSignal, atomic_directory
 from alignment.scoring.client import ScorerClient
 
@@ -406,9 +406,24 @@ class ESTrainer:
             self.engine.save_pretrained(folder, self.weights.master)
             if self.settings.lora_rank is not None:  # the model is saved merged; to go on, the adapters are needed
                 save_file(self.weights.master, folder / "es_weights.safetensors")
+            (folder / "README.md").write_text(self._model_card(t), encoding="utf-8")
             write_json(
                 folder / "trainer_state.json", {"iteration": t, "lambda_state": self.multiplier.state_dict(), **state}
             )
+
+    def _model_card(self, t: int) -> str:
+        """What this model is, from what, by what: enough to tell it from others and to make it again."""
+        s = self.settings
+        identity = self.scorer.identity()
+        return (
+            f"---\nbase_model: {s.policy_model_path}\n---\n\n# Policy after {t} ES steps\n\n"
+            "Aligned with max E[R] - lambda E[C] subject to E[C] <= 0 by Evolution Strategies. A research model: a low cost\n"
+            "score is no guarantee of safety. The licences of the base model, of the score models and of the prompts apply.\n\n"
+            f"| | |\n|---|---|\n| base weights | SHA-256 {self.base_hash} |\n"
+            f"| sigma, alpha, members, prompts a step | {s.sigma}, {s.alpha}, {s.population_size}, {s.batch_size} |\n"
+            f"| lambda | {self.multiplier.value:.4f} |\n| conversation template | {s.policy_template} |\n"
+            f"| scorer | {to_json(identity)} |\n| weights | float32; journal.jsonl of the run rebuilds them |\n"
+        )
 
     def _save_checkpoint(self, t: int) -> None:
         folder = self.folder / "checkpoints"

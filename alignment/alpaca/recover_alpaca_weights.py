@@ -5,7 +5,7 @@
 The rule is the published one (tatsu-lab/stanford_alpaca, weight_diff.py), and in float32 the result is the same to the last
 bit: both sides in float32, one row added to the base's embeddings and head as the mean of its rows, tuned = diff + base for
 every tensor, tokenizer from the difference. Where it departs from the published script:
-- One tensor is in memory at a time: about 1 GB for 7B, where two whole models (54 GB) were.
+- One tensor is in memory at a time: 0.7 GiB for 7B, where two whole models (54 GB) were.
 - `--dtype` rounds the float32 sums once; the published script writes float32 only.
 - Inputs are checked against SHA256SUMS or the checksums inside `.bin` files; every written tensor has its own checksum.
 - The published sum is explained where today's checkpoints lack what it counted (integrity.py).

@@ -86,7 +86,8 @@ class ScorerClient:
     long all scorers may stay away, `deadline` for a whole call (None: no limit), all in seconds. `concurrency` is the number
     of chunks that a call has under way at each address. `on_wait(seconds)` is called in the calling thread during pauses with
     the time waited so far, and may raise to end the call; without it a line a minute goes to stderr. The token is `token`, or
-    SCORER_AUTH, or the content of SCORER_TOKEN_FILE; with "auto", the scorer's own token file.
+    SCORER_AUTH, or the content of SCORER_TOKEN_FILE; with "auto", the scorer's own token file. `expected_identity` is the one
+    that a resumed run began with.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class ScorerClient:
         token: str | None = None,
         concurrency: int = 4,
         deadline: float | None = None,
+        expected_identity: dict | None = None,
     ) -> None:
         for name, value in (("batch size", batch_size), ("concurrency", concurrency)):
             if value < 1:
@@ -114,7 +116,7 @@ class ScorerClient:
             raise UserError("no scorer URL: expected something like http://127.0.0.1:8000, or auto")
         self._lock = threading.Lock()  # of what follows, and of the endpoints' state
         self._finding = threading.Lock()
-        self._identity: dict | None = None
+        self._identity = expected_identity
         # Times on the monotonic clock: when any scorer last answered, when to look for one again, when waiting was told.
         self._answered, self._looks_again, self._said = 0.0, 0.0, -SAY_EVERY
         self._problem = ""
