@@ -129,8 +129,8 @@ def storm(tmp_path_factory, arguments, scorer_settings):
     until(lambda: steps(runs["down"]) >= 3, "steps of down", report=report)
     slurm("scontrol", "update", "nodename=node2", "state=down", "reason=test")
     slurm("scontrol", "update", "nodename=node2", "state=resume")
-    slurm("scontrol", "update", f"jobid={ids['scorer']}", "reqnodelist=node2")
     slurm("scontrol", "requeue", ids["scorer"])
+    slurm("scontrol", "update", f"jobid={ids['scorer']}", "reqnodelist=node2")
     until(lambda: field(ids["scorer"], "Restarts") == "1" and state(ids["scorer"]) == "RUNNING", "the scorer's job")
 
     peace = dict(EXPERIMENT_ID="storm", **grpo_settings(folder / "peace"))
@@ -175,6 +175,7 @@ def test_a_scorer_that_was_killed_and_requeued_was_found_again(storm):
     assert states["scorer_before"] == "RUNNING"
     assert states[ids["scorer"]] == "COMPLETED"  # by stop_scorer.sh
     assert field(ids["scorer"], "Restarts") == "1"
+    assert re.findall(r"on (node\d)", log) == ["node1", "node2"]
     assert published(cluster.folder) == []  # it takes its address away
 
 
