@@ -97,8 +97,8 @@ def storm(tmp_path_factory, arguments, scorer_settings):
     def es(name: str, *options: str, iterations: int = 40) -> None:
         ids[name] = cluster.submit(ES_SCRIPT, *arguments["es"](folder / name, iterations), options=options, **common)
 
-    es("limit", "--ntasks-per-node=1", "--time=1", "--signal=B:USR1@15", iterations=LONG)
-    es("usr1", "--ntasks-per-node=2", "--nodelist=node2")
+    es("limit", "--ntasks-per-node=1", "--nodelist=node1", "--time=1", "--signal=B:USR1@15", iterations=LONG)
+    es("usr1", "--ntasks-per-node=2", "--nodelist=node1")
     es("requeue", "--ntasks-per-node=1", "--nodelist=node1")
     es("down", "--ntasks-per-node=1", "--nodelist=node2")
     ids["grpo"] = cluster.submit(
@@ -111,6 +111,9 @@ def storm(tmp_path_factory, arguments, scorer_settings):
         "down": folder / "down",
         "grpo": folder / "beta_0.2",
     }
+    until(lambda: steps(runs["down"]) >= 3, "steps of down", report=report)
+    slurm("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    slurm("scontrol", "update", "nodename=node2", "state=resume")
     until(lambda: steps(runs["usr1"]) >= 3, "steps of usr1", report=report)
     slurm("scancel", "--signal=USR1", "--batch", ids["usr1"])
     until(lambda: steps(runs["requeue"]) >= 3, "steps of requeue", report=report)
@@ -126,9 +129,6 @@ def storm(tmp_path_factory, arguments, scorer_settings):
         "the scorer",
         report=report,
     )
-    until(lambda: steps(runs["down"]) >= 3, "steps of down", report=report)
-    slurm("scontrol", "update", "nodename=node2", "state=down", "reason=test")
-    slurm("scontrol", "update", "nodename=node2", "state=resume")
     slurm("scontrol", "requeue", ids["scorer"])
     slurm("scontrol", "update", f"jobid={ids['scorer']}", "reqnodelist=node2")
     until(lambda: field(ids["scorer"], "Restarts") == "1" and state(ids["scorer"]) == "RUNNING", "the scorer's job")
@@ -176,6 +176,7 @@ def test_a_scorer_that_was_killed_and_requeued_was_found_again(storm):
     assert states[ids["scorer"]] == "COMPLETED"  # by stop_scorer.sh
     assert field(ids["scorer"], "Restarts") == "1"
     assert re.findall(r"on (node\d)", log) == ["node1", "node2"]
+    assert '"/score_batch", "status": 200' in log.split("on node2")[1]
     assert published(cluster.folder) == []  # it takes its address away
 
 
