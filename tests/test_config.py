@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from alignment.config import as_yaml, load_config, setting
 from alignment.errors import UserError
@@ -106,6 +109,41 @@ def test_the_value_of_an_unknown_flag_is_not_echoed():
         load("--api_key=secret")
     assert "--api_key" in str(error.value)
     assert "secret" not in str(error.value)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "sigma": st.floats(0, 1, allow_nan=False),
+            "num_iterations": st.integers(1, 1000),
+            "lambda_adapt": st.booleans(),
+            "name": st.none()
+            | st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1).map(str.strip),
+            "mode": st.sampled_from(["one", "two"]),
+            "models": st.lists(st.sampled_from(["a", "b c", "d: e", "#", "- x", "yes", "1e3", "\u2028"]), max_size=3),
+        },
+    )
+)
+def test_any_settings_come_back_from_their_own_yaml(tmp_path_factory, values):
+    if str(values.get("name")).lower() in ("none", "null", ""):
+        values.pop("name", None)  # the words for no value
+    config = Example(**values)
+    assert load(tmp_path=tmp_path_factory.mktemp("yaml"), yaml_text=as_yaml(config)) == config
+
+
+@given(
+    st.text(min_size=1, max_size=20),
+    st.one_of(st.text(max_size=20), st.integers(), st.floats(), st.booleans(), st.none()),
+)
+def test_an_unknown_key_or_a_wrong_value_is_one_line_and_never_a_trace(tmp_path_factory, key, value):
+    text = yaml.safe_dump({key: value}, allow_unicode=True)
+    try:
+        load(tmp_path=tmp_path_factory.mktemp("yaml"), yaml_text=text)
+    except UserError as error:
+        assert "c.yaml" in str(error)
+    else:
+        assert key in Example.__dataclass_fields__
 
 
 def test_an_empty_file_means_defaults(tmp_path):
