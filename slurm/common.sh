@@ -117,20 +117,23 @@ begin_job() {
 
 on_signal() {
     received="$1"
+    interrupted=yes
     if [ -n "${child:-}" ]; then stop_child "$1"; fi
 }
 
 # How a signal reaches what runs; scripts whose launcher keeps signals to itself have their own.
 stop_child() { kill -s "$1" "$child" 2>/dev/null || true; }
 
-# Runs a command, hears signals meanwhile, and returns its exit code.
+# Runs a command, hears signals meanwhile, and returns its exit code. What `wait` returns after a signal is the signal's, and
+# the command may have ended by then: so it is asked again.
 run() {
-    local code=0
+    local code
     "$@" &
     child=$!
     if [ -n "$received" ]; then stop_child "$received"; fi
-    wait "$child" || code=$?
-    while kill -0 "$child" 2>/dev/null; do # a signal ended `wait`, not the command
+    interrupted=yes
+    while [ -n "$interrupted" ]; do
+        interrupted=
         code=0
         wait "$child" || code=$?
     done

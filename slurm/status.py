@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -180,7 +181,7 @@ def last_error(log: Path) -> str:
 def scorer_lines(experiment_id: str) -> list[str]:
     """Address, state and load of the experiment's scorer."""
     lines = []
-    for address in read_addresses("logs").values():
+    for address in read_addresses(os.environ.get("LOGS_DIR") or "logs").values():
         if address.experiment_id != experiment_id:
             continue
         state = ask_state(address)

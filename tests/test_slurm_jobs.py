@@ -175,8 +175,8 @@ def test_a_scorer_that_was_killed_and_requeued_was_found_again(storm):
     assert states["scorer_before"] == "RUNNING"
     assert states[ids["scorer"]] == "COMPLETED"  # by stop_scorer.sh
     assert field(ids["scorer"], "Restarts") == "1"
-    assert re.findall(r"on (node\d)", log) == ["node1", "node2"]
-    assert '"/score_batch", "status": 200' in log.split("on node2")[1]
+    assert re.findall(r"== job .* on (node\d)", log) == ["node1", "node2"]
+    assert '"/score_batch", "status": 200' in log.split("== job")[-1]
     assert published(cluster.folder) == []  # it takes its address away
 
 
@@ -210,9 +210,18 @@ def test_several_nodes_and_jobs_with_a_scorer_of_their_own(cluster, arguments, s
     es, grpo = arguments["es"], arguments["grpo"]
     scorer = cluster.submit(SCORER_SCRIPT, EXPERIMENT_ID="nodes", **scorer_settings)
     two = ("--nodes=2", "--ntasks-per-node=1")
+    accelerate = cluster.folder / "accelerate.yaml"  # as for GPUs; where there are none it takes CPUs
+    accelerate.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\ngpu_ids: all\nmixed_precision: 'no'\n"
+        "num_machines: 1\nnum_processes: 1\n"
+    )
     wide = cluster.submit(ES_SCRIPT, *es(cluster.folder / "wide", 6), options=two, EXPERIMENT_ID="nodes")
     wide_grpo = cluster.submit(
-        GRPO_SCRIPT, *grpo(), options=(*two, "--array=0"), EXPERIMENT_ID="nodes", **grpo_settings(cluster.folder)
+        GRPO_SCRIPT,
+        *grpo(),
+        options=(*two, "--array=0"),
+        EXPERIMENT_ID="nodes",
+        **grpo_settings(cluster.folder) | {"ACCELERATE_CONFIG": str(accelerate)},
     )
     joint = cluster.submit(
         "slurm/train_with_scorer.sh",

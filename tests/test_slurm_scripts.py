@@ -1,0 +1,313 @@
+"""What the job scripts and the pipeline do before and beside SLURM: settings, signals, arrays, mistakes told in one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from alignment.errors import UserError
+from alignment.records import write_json, write_jsonl
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO / "slurm"))
+JOB_SCRIPTS = [
+    "slurm/run_scorer_service.sh",
+    "slurm/train_accl_alignment_api.sh",
+    "slurm/train_with_scorer.sh",
+    "slurm/report.sh",
+    "alignment/GRPO/run_grpo_alignment.sh",
+    "alignment/evaluation/classify_reward_cost_unified.sh",
+    "alignment/evaluation/run_gpt_elo_eval.sh",
+    "alignment/alpaca/recover_alpaca_job.sh",
+]
+
+
+def bash(*command: object, cwd: Path = REPO, **environment: str) -> subprocess.CompletedProcess:
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+    own |= {"PYTHON": sys.executable, "SITE_ENV": "/dev/null"} | environment
+    return subprocess.run(["bash", *map(str, command)], cwd=cwd, env=own, capture_output=True, text=True, timeout=60)
+
+
+def fake(folder: Path, name: str, text: str) -> str:
+    """A command of that name; returns the PATH with it."""
+    path = folder / "bin" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("#!/bin/bash\n" + text)
+    path.chmod(0o755)
+    return f"{path.parent}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize("script", JOB_SCRIPTS)
+def test_every_job_script_survives_and_logs(script, tmp_path):
+    text = (REPO / script).read_text()
+    for line in ("--requeue", "--open-mode=append", "--output=logs/", "--signal=B:USR1@"):
+        assert f"#SBATCH {line}" in text
+    done = bash(REPO / script, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr.endswith(f" this from the repository root (now in {tmp_path})\n") and done.stderr.count("\n") == 1
+    )
+
+
+# -- settings of the site
+
+
+def load(site: Path, *, show: str, **environment: str) -> subprocess.CompletedProcess:
+    return bash("-c", f". slurm/common.sh; load_site; echo {show}", SITE_ENV=str(site), **environment)
+
+
+def test_the_environment_wins_over_site_env_and_export_is_for_others(tmp_path):
+    site = tmp_path / "site.env"
+    site.write_text('# a site\nMAX_RESTARTS=3\n  ES_SBATCH="--time=5 --mem=1G"\nexport NCCL_DEBUG=INFO\n')
+    show = '"$MAX_RESTARTS|$ES_SBATCH|$NCCL_DEBUG"; env | grep -c "^MAX_RESTARTS="'
+    assert load(site, show=show).stdout == "3|--time=5 --mem=1G|INFO\n1\n"
+    assert load(site, show=show, MAX_RESTARTS="9").stdout.startswith("9|")
+    assert load(site, show='"$SCORER_URL."', SCORER_URL="").stdout == ".\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("A=1\n", "line 1: unknown setting A (all: "),
+        ("\nSBATCH_ACOUNT=x\n", "line 2: unknown setting SBATCH_ACOUNT; did you mean SBATCH_ACCOUNT? (all: "),
+        ("VENV = x\n", "line 1: no space before the = of VENV"),
+        ("VENV='x\n", "unexpected EOF"),
+        ("VENV=$(cat /nowhere)\n", "/nowhere: No such file"),
+        ("mdoule load cuda\n", "mdoule: command not found"),
+    ],
+)
+def test_a_mistake_in_site_env_is_one_line(tmp_path, text, told):
+    site = tmp_path / "site.env"
+    site.write_text(text)
+    done = load(site, show="never")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {site}") and told in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_example_names_only_known_settings_and_may_be_used_as_it_is():
+    example = REPO / "slurm" / "site.env.example"
+    assert load(example, show="fine").stdout == "fine\n"
+
+
+def test_a_container_runs_the_scripts(tmp_path):
+    path = fake(tmp_path, "apptainer", '[[ "$*" == *" -c "* ]] || echo "$*"\n')
+    done = bash(
+        "alignment/evaluation/run_gpt_elo_eval.sh", "--dry-run", PATH=path, CONTAINER="x.sif", CUDA_VISIBLE_DEVICES="0"
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"exec --nv --bind {REPO} x.sif {sys.executable} alignment/evaluation/gpt_elo_eval.py" in done.stdout
+
+
+# -- signals and restarts
+
+CHILD = "import signal,sys,time; signal.signal(signal.{0}, lambda *_: sys.exit({1})); print('up', flush=True); time.sleep(30)"
+JOB = '. slurm/common.sh; begin_job; code=0; run "${python[@]}" -c "$CHILD" || code=$?; finish "$code"'
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "restarts", "expected", "told"),
+    [
+        ("SIGUSR1", 138, "0", 0, "requeue 7"),
+        ("SIGUSR1", 138, "2", 138, "queued again 2 times already (MAX_RESTARTS)"),
+        ("SIGTERM", 143, "0", 143, ""),
+        ("SIGUSR1", 2, "0", 2, ""),
+    ],
+)
+def test_signals_reach_the_program_and_only_a_saved_run_is_queued_again(tmp_path, name, code, restarts, expected, told):
+    environment = os.environ | {
+        "PATH": fake(tmp_path, "scontrol", 'echo "$*"\n'),
+        "PYTHON": sys.executable,
+        "SITE_ENV": "/dev/null",
+        "CHILD": CHILD.format(name, code),
+        "SLURM_JOB_ID": "7",
+        "SLURM_RESTART_COUNT": restarts,
+        "MAX_RESTARTS": "2",
+    }
+    with subprocess.Popen(
+        ["bash", "-c", JOB], cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as job:
+        while "up" not in job.stdout.readline():
+            assert job.poll() is None
+        began = time.monotonic()
+        job.send_signal(getattr(signal, name))
+        output = job.stdout.read()
+    assert (job.returncode, time.monotonic() - began < 10) == (expected, True), output
+    assert told in output
+    assert ("requeue" in output) == (expected == 0)
+
+
+def test_a_job_that_was_queued_again_too_often_ends_at_once(tmp_path):
+    done = bash("-c", JOB, CHILD="print('never')", SLURM_JOB_ID="7", SLURM_RESTART_COUNT="3", MAX_RESTARTS="2")
+    assert done.returncode == 2 and "never" not in done.stdout
+    assert "queued again 3 times, more than MAX_RESTARTS=2; submit it again to go on" in done.stderr
+
+
+def test_a_scorer_named_by_hand_reaches_the_trainer(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+
+    def flags(**environment: str) -> str:
+        return bash("slurm/train_accl_alignment_api.sh", "--sigma", "1", PYTHON=str(python), **environment).stdout
+
+    assert "--scorer_url http://node12:8000 --sigma 1" in flags(SCORER_HOST="node12")
+    assert "--scorer_url http://a:1 --sigma 1" in flags(SCORER_URL="http://a:1", SCORER_HOST="node12")
+    assert "--scorer_url" not in flags()  # the settings file, or the default: it is found
+    assert "--wandb_project p --sigma 1" in flags(WANDB_PROJECT="p")
+
+
+# -- submitting
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The repository's scripts in a folder without logs/, and an sbatch that writes down how it was called."""
+    for name in ("slurm", "alignment"):
+        (tmp_path / name).symlink_to(REPO / name)
+    return tmp_path, fake(tmp_path, "sbatch", f'echo "$*" >>{tmp_path}/calls; echo "Submitted"\n')
+
+
+def test_without_a_logs_folder_nothing_is_queued(checkout):
+    folder, path = checkout
+    done = bash("slurm/submit.sh", "slurm/run_scorer_service.sh", cwd=folder, PATH=path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "mkdir logs" in done.stderr and not (folder / "calls").exists()
+    assert "no    logs/ is missing" in bash("slurm/check_site.sh", cwd=folder, PATH=path).stdout
+
+
+def test_sbatch_gets_the_settings_of_the_site_and_arrays_that_fit(checkout):
+    folder, path = checkout
+    (folder / "logs").mkdir()
+    site = {"ALL_SBATCH": "--exclude=n1", "GRPO_SBATCH": "--time=9", "CPU_SBATCH": "-p cpu", "MAIL_USER": "me@x"}
+
+    def call(*command: str, **environment: str) -> str:
+        done = bash("slurm/submit.sh", *command, cwd=folder, PATH=path, **site, **environment)
+        return (folder / "calls").read_text().splitlines()[-1] if done.returncode == 0 else done.stderr
+
+    grpo, mail = "alignment/GRPO/run_grpo_alignment.sh", "--mail-user=me@x --mail-type=FAIL,REQUEUE,END"
+    assert call("--hold", grpo, "--beta", "1", BETAS="1 2 3") == (
+        f"--exclude=n1 {mail} --time=9 --array=0-2 --hold {grpo} --beta 1"
+    )
+    assert call("--array=2%1", grpo, BETAS="1 2 3") == f"--exclude=n1 {mail} --time=9 --array=2%1 {grpo}"
+    assert call("--array=1,3-5:2", grpo) == "error: --array=1,3-5:2: there is no task 3, BETAS has 2 values: 0 to 1\n"
+    assert call("slurm/report.sh", "x") == f"--exclude=n1 {mail} -p cpu slurm/report.sh x"
+    sweeps = folder / "sweeps.yaml"
+    sweeps.write_text("sweeps: [{model_name: a}, {model_name: b}, {model_name: c}, {model_name: d}]\n")
+    classify = "alignment/evaluation/classify_reward_cost_unified.sh"
+    assert f"--array=0-3 {classify}" in call(classify, CONFIG_FILE=str(sweeps))
+    assert call("nothing.sh") == "error: nothing.sh is not there\n"
+
+
+def test_a_finished_sweep_is_skipped_unless_forced(tmp_path):
+    policy, results = tmp_path / "policy", tmp_path / "results"
+    policy.mkdir()
+    (policy / "model.safetensors").write_bytes(b"1")
+    sweeps = tmp_path / "sweeps.yaml"
+    sweeps.write_text(
+        yaml.safe_dump(
+            {
+                "defaults": {"output_dir": str(results)},
+                "sweeps": [{"model_name": "a b", "policy_model_path": str(policy)}],
+            }
+        )
+    )
+    summary = results / "a_b_summary.json"
+    write_json(summary, {"source": f"answers of {policy}"})
+
+    def todo() -> int:
+        return subprocess.run([sys.executable, "slurm/sweep_tasks.py", "todo", str(sweeps), "0"], cwd=REPO).returncode
+
+    assert todo() == 3
+    job = "alignment/evaluation/classify_reward_cost_unified.sh"
+    done = bash(job, CONFIG_FILE=str(sweeps))
+    assert (done.returncode, "FORCE=1 classifies it again" in done.stdout) == (0, True)
+    os.utime(policy / "model.safetensors", (time.time() + 60,) * 2)
+    assert todo() == 0  # trained further
+    write_json(summary, {"source": "answers of another"})
+    assert todo() == 0
+    forced = bash(job, "--policy_max_new_tokens", "x", CONFIG_FILE=str(sweeps), FORCE="1")
+    assert forced.returncode == 2 and not summary.exists()
+    missing = bash(job, CONFIG_FILE=str(sweeps), SWEEP="1")
+    assert (missing.returncode, missing.stderr) == (2, f"error: {sweeps} has no sweep 1; it has 0 a b\n")
+
+
+# -- experiments
+
+
+@pytest.fixture
+def content(tmp_path) -> dict:
+    for name in ("train", "eval"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": "?"}])
+    files = {f"{name}_jsonl": str(tmp_path / f"{name}.jsonl") for name in ("train", "eval")}
+    return {
+        "policy": "OWNER/NAME",
+        "output_dir": str(tmp_path / "out"),
+        **files,
+        "scorer": None,
+        "es": {},
+        "classify": {},
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"polcy": 1}, "unknown key 'polcy'; did you mean 'policy'?"),
+        ({"es": {"sigma": 1}}, "unknown es: key 'sigma'"),
+        ({"es": {"arguments": {"sigmaa": 1}}}, "es: unknown option --sigmaa; did you mean '--sigma'?"),
+        ({"grpo": {"arguments": {"num_generations": 1}}}, "grpo: num_generations: 1 is out of range"),
+        ({"train_jsonl": "nowhere"}, "train_jsonl: nowhere is not there"),
+        ({"policy": "models/none"}, "policy: the folder models/none is not there"),
+        ({"policy": None}, "policy is missing"),
+        ({"name": "a b"}, "name 'a b'"),
+        ({"scorer": False}, "without the stage scorer, scorer_url must say where a scorer is"),
+        ({"classify": False, "report": {}}, "the stage report needs the stage classify"),
+        ({"classify": {"sweeps": [{"model_name": "ES"}]}}, "two models of one name"),
+        ({"classify": {"sweeps": [{}]}}, "sweep 2 has no model_name"),
+        ({"es": 3}, "es: expected 'key: value' lines, or false"),
+    ],
+)
+def test_a_mistake_in_an_experiment_is_told_before_anything_is_queued(content, tmp_path, change, told):
+    from experiment import Experiment
+
+    path = tmp_path / "e.yaml"
+    path.write_text(yaml.safe_dump(content | change))
+    with pytest.raises(UserError) as caught:
+        Experiment(path)
+    assert told in str(caught.value) and str(path) in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_experiment_names_what_it_leaves_out_and_what_is_done(content, tmp_path):
+    from experiment import Experiment
+
+    path = tmp_path / "e.yaml"
+    path.write_text(yaml.safe_dump(content | {"grpo": {"betas": [0.1, 0.3]}}))
+    experiment = Experiment(path)
+    assert experiment.left_out == ["ratings", "report"]
+    assert experiment.stages["classify"].tasks == ["NAME", "ES", "GRPO-0.1", "GRPO-0.3"]
+    assert experiment.stages["grpo"].todo() == [0, 1] and experiment.stages["es"].todo() == [0]
+    write_json(experiment.folder / "grpo" / "beta_0.1" / "final" / "trainer_state.json", {"iteration": 500})
+    write_json(experiment.folder / "es" / "final" / "trainer_state.json", {"iteration": 499})
+    assert experiment.stages["grpo"].todo() == [1] and experiment.stages["es"].todo() == [0]
+
+
+def test_the_example_experiment_is_valid_but_for_its_files(tmp_path):
+    from experiment import Experiment
+
+    with pytest.raises(UserError, match="train_jsonl|policy: the folder"):
+        Experiment(REPO / "slurm" / "pipeline.example.yaml")
+    content = yaml.safe_load((REPO / "slurm" / "pipeline.example.yaml").read_text())
+    for name in ("train_jsonl", "eval_jsonl"):
+        content[name] = str(tmp_path / name)
+        write_jsonl(tmp_path / name, [{"prompt": "?"}])
+    path = tmp_path / "e.yaml"
+    path.write_text(yaml.safe_dump(content | {"policy": "OWNER/alpaca-7b"}))
+    assert Experiment(path).left_out == []
