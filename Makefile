@@ -1,4 +1,5 @@
 # make demo   the whole mission on a CPU with tiny models        make test       the quick tests
+# make demo-slurm   the same by sbatch, on a SLURM that it starts itself where none is (as root, Debian)
 # make lint   ruff and shellcheck                                make test-slow  the tests that take longer
 #
 # Each target installs what it needs into $(VENV) first; torch comes from $(TORCH). A CUDA user names the build that fits
@@ -15,7 +16,7 @@ SPACE := $(EMPTY) $(EMPTY)
 INSTALLED := $(VENV)/.installed-$(subst /,_,$(subst $(SPACE),_,$(TORCH)))
 SHELL_SCRIPTS = .ci/run $(shell git ls-files '*.sh')
 
-.PHONY: install demo test test-slow lint format clean
+.PHONY: install demo demo-slurm test test-slow lint format clean
 
 install: $(INSTALLED)
 
@@ -28,6 +29,9 @@ $(INSTALLED): pyproject.toml requirements.txt
 
 demo: $(INSTALLED)
 	$(BIN)/python alignment/demo/run.py
+
+demo-slurm: $(INSTALLED)
+	PYTHON=$(abspath $(BIN))/python bash slurm/demo_slurm.sh
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(TEST_JOBS) -m "not slow"
