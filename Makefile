@@ -1,6 +1,7 @@
 # make demo   the whole mission on a CPU with tiny models        make test       the quick tests
 # make demo-slurm   the same by sbatch, on a SLURM that it starts itself where none is (as root, Debian)
 # make lint   ruff and shellcheck                                make test-slow  the tests that take longer
+#                                                                make test-slurm those on a local SLURM
 #
 # Each target installs what it needs into $(VENV) first; torch comes from $(TORCH). A CUDA user names the build that fits
 # the driver, with its index if that is not the default one:  make demo TORCH="torch==2.13.0 --index-url URL"
@@ -16,7 +17,7 @@ SPACE := $(EMPTY) $(EMPTY)
 INSTALLED := $(VENV)/.installed-$(subst /,_,$(subst $(SPACE),_,$(TORCH)))
 SHELL_SCRIPTS = .ci/run $(shell git ls-files '*.sh')
 
-.PHONY: install demo demo-slurm test test-slow lint format clean
+.PHONY: install demo demo-slurm test test-slow test-slurm lint format clean
 
 install: $(INSTALLED)
 
@@ -38,6 +39,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -m "slow and not slurm"
+
+test-slurm: $(INSTALLED)
+	bash slurm/local_cluster.sh start
+	$(BIN)/python -m pytest -m slurm -p no:xdist; code=$$?; bash slurm/local_cluster.sh stop; exit $$code
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -120,6 +120,7 @@ def launch(count: int, argv: list[str]) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.2,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # USR1 is the warning before a job's time limit
     )
     try:
         elastic_launch(config, sys.executable)(*argv)
