@@ -225,6 +225,9 @@ def test_kill_9_in_the_middle_of_an_iteration_changes_nothing(undisturbed, tiny_
     with FakeScorer(answer) as scorer:
         process = subprocess.Popen(command(tiny_policy, scorer.url, prompts, run), cwd=REPO, stdout=subprocess.DEVNULL)
         assert enough.wait(60)
+        deadline = time.monotonic() + 20  # the members before the one that hangs are kept as their scores come in
+        while not (run / "members.0.jsonl").read_bytes() and time.monotonic() < deadline:
+            time.sleep(0.01)
         process.kill()
         process.wait()
     assert not (run / "final").exists()
