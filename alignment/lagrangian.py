@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,21 @@ class LagrangeMultiplier:
     threshold_d: float = 0.0
     rule: str = "published"
     cost_ema: float | None = None
+
+    @classmethod
+    def from_settings(cls, settings: Any) -> LagrangeMultiplier:
+        """From the published setting names, which ES and GRPO share."""
+        return cls(
+            value=settings.lambda_cost,
+            adapt=settings.lambda_adapt,
+            learning_rate=settings.lambda_lr,
+            minimum=settings.lambda_min,
+            maximum=settings.lambda_max,
+            positive_part=settings.lambda_pos_cost_only,
+            ema_beta=settings.jc_ema_beta,
+            threshold_d=settings.cost_threshold_d,
+            rule=settings.lambda_rule,
+        )
 
     def update(self, costs: np.ndarray) -> dict[str, float | None]:
         """Takes the (N,) finite costs of all processes; returns what to log: the J_C used, its EMA, lambda after it.

@@ -77,17 +77,7 @@ class ESTrainer:
             safe_first=settings.safe_first,
             safe_first_factor=settings.safe_first_factor,
         )
-        self.multiplier = LagrangeMultiplier(
-            value=settings.lambda_cost,
-            adapt=settings.lambda_adapt,
-            learning_rate=settings.lambda_lr,
-            minimum=settings.lambda_min,
-            maximum=settings.lambda_max,
-            positive_part=settings.lambda_pos_cost_only,
-            ema_beta=settings.jc_ema_beta,
-            threshold_d=settings.cost_threshold_d,
-            rule=settings.lambda_rule,
-        )
+        self.multiplier = LagrangeMultiplier.from_settings(settings)
 
     # ---- the run ----
 

@@ -84,17 +84,7 @@ def main() -> int:
         }
         if begun:
             check_same_run(read_json(folder / "manifest.json")["deciding"], deciding, folder)
-        multiplier = LagrangeMultiplier(
-            value=settings.lambda_cost,
-            adapt=settings.lambda_adapt,
-            learning_rate=settings.lambda_lr,
-            minimum=settings.lambda_min,
-            maximum=settings.lambda_max,
-            positive_part=settings.lambda_pos_cost_only,
-            ema_beta=settings.jc_ema_beta,
-            threshold_d=settings.cost_threshold_d,
-            rule=settings.lambda_rule,
-        )
+        multiplier = LagrangeMultiplier.from_settings(settings)
         trainer = ConstrainedGRPOTrainer(
             args,
             engine,
