@@ -105,6 +105,12 @@ def slurm(*command: str) -> str:
     return done.stdout
 
 
+def is_back(node: str) -> bool:
+    """Whether a node that was set down can run jobs again; asks for it. A daemon that registers first makes the request void."""
+    subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], capture_output=True)
+    return slurm("sinfo", "--noheader", f"--nodes={node}", "--format=%T").strip() in ("idle", "mixed", "allocated")
+
+
 def until(condition, what: str, patience: float = PATIENCE, report=lambda: "") -> None:
     deadline = time.monotonic() + patience
     while not condition():

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from slurm_jobs import ES_SCRIPT, GRPO_SCRIPT, Cluster, field, queue, slurm, state, until, why_not
+from slurm_jobs import ES_SCRIPT, GRPO_SCRIPT, Cluster, field, is_back, queue, slurm, state, until, why_not
 
 from alignment.records import read_json, read_jsonl, write_jsonl
 
@@ -113,7 +113,7 @@ def storm(tmp_path_factory, arguments, scorer_settings):
     }
     until(lambda: steps(runs["down"]) >= 3, "steps of down", report=report)
     slurm("scontrol", "update", "nodename=node2", "state=down", "reason=test")
-    slurm("scontrol", "update", "nodename=node2", "state=resume")
+    until(lambda: is_back("node2"), "node2 to be back", report=report)
     until(lambda: steps(runs["usr1"]) >= 3, "steps of usr1", report=report)
     slurm("scancel", "--signal=USR1", "--batch", ids["usr1"])
     until(lambda: steps(runs["requeue"]) >= 3, "steps of requeue", report=report)
