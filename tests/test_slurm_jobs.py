@@ -17,7 +17,7 @@ from alignment.records import read_json, read_jsonl, write_jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 SCORER_SCRIPT = "slurm/run_scorer_service.sh"
-LONG = 120  # ES steps of the run that meets its time limit
+LONG = 200  # ES steps of the run that meets its time limit: more than a quick machine takes in half a minute
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def storm(tmp_path_factory, arguments, scorer_settings):
     def es(name: str, *options: str, iterations: int = 40) -> None:
         ids[name] = cluster.submit(ES_SCRIPT, *arguments["es"](folder / name, iterations), options=options, **common)
 
-    es("limit", "--ntasks-per-node=1", "--nodelist=node1", "--time=1", "--signal=B:USR1@15", iterations=LONG)
+    es("limit", "--ntasks-per-node=1", "--nodelist=node1", "--time=1", "--signal=B:USR1@30", iterations=LONG)
     es("usr1", "--ntasks-per-node=2", "--nodelist=node1")
     es("requeue", "--ntasks-per-node=1", "--nodelist=node1")
     es("down", "--ntasks-per-node=1", "--nodelist=node2")
