@@ -1,6 +1,7 @@
 """Completions a second of GRPO training on one GPU, a step's time split up, beside the published way in the same run.
 
     python bench/grpo_step.py                                    # 7B shapes, LoRA, random weights; about 10 minutes, 65 GiB
+    python bench/grpo_step.py --completion_length 256 --warmup 1 --steps 2 --arms published ours --folder /dev/shm  # 5 minutes
     python bench/grpo_step.py --shape tiny --completion_length 16       # tries the code on a CPU
     python bench/grpo_step.py --arms published ours vllm                # vllm where it is installed
 
@@ -13,18 +14,24 @@ shape, in this process. Every arm trains with the project's own trainer, setting
     ours         2 prompts x 30 completions a step, 15 a pass, static compiled cache: the whole published step on one GPU
     vllm         as ours, sampled by colocated vLLM
 
+Each arm has a process of its own: one that fails (no memory, an assertion on the GPU, gradients that are not finite) is told
+in words, and the others are measured all the same.
+
 Limits, from this GPU's measured copy bandwidth and matrix-multiplication speed: generating reads all weights and the cache
 so far for every token; scoring is 2 FLOP, the reference pass 2 and training 6 (forward, recomputed forward, backward to the
-activations; the frozen weights get no gradient) a weight and token. Prints a table and, as the last line, one JSON object.
+activations; the frozen weights get no gradient) a weight and token. Prints a table and, as the last line, one JSON object;
+exits with 1 when an arm failed.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import tempfile
 import time
-from dataclasses import dataclass
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -33,15 +40,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from alignment.config import load_config, setting
+from alignment.conversation import get_template
 from alignment.demo.build import train_tokenizer
 from alignment.demo.data import demo_data
-from alignment.errors import run_main
+from alignment.errors import UserError, run_main
 from alignment.generation import TransformersEngine
 from alignment.GRPO.data import run_order
 from alignment.GRPO.reward import ConstrainedReward
 from alignment.GRPO.settings import GRPOSettings
 from alignment.GRPO.trainer import ConstrainedGRPOTrainer
-from alignment.GRPO.trl_config import adapter_config, trl_config
+from alignment.GRPO.trl_config import PROMPT_PADDING, adapter_config, trl_config
 from alignment.lagrangian import LagrangeMultiplier
 from alignment.scoring.batching import BatchScorer
 from alignment.scoring.client import Scores
@@ -103,7 +111,7 @@ class RandomScorer:
             for prompt in prompts
         ]
         self.tokens = sum(map(len, texts))
-        rewards, costs = (np.array(model.score(texts), dtype=np.float64) for model in self.models)
+        rewards, costs = (np.array(model.score(texts).tolist()) for model in self.models)
         return Scores(rewards, costs, [None] * len(texts), [False] * len(texts))
 
 
@@ -124,34 +132,42 @@ class Watch(TrainerCallback):
         self.rows.append(parts | {"train": total - sum(parts.values()), "total": total})
 
 
-def main() -> None:
-    settings = load_config(Settings, prog="grpo_step.py", description="Speed of a GRPO step, published way and ours.")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    limits = measure_limits(device, dtype)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(
-        f"{name}: {limits['bytes'] / 1e12:.2f} TB/s copied, {limits['flops'] / 1e12:.0f} TFLOP/s multiplied", flush=True
-    )
+def main() -> int:
+    settings = load_config(Settings, prog="grpo_step.py", description=__doc__)
     results = {}
     with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
-        config = build_policy(Path(folder), settings, device, dtype)
+        name, limits = in_own_process(prepare, Path(folder), settings)
+        print(
+            f"{name}: {limits['bytes'] / 1e12:.2f} TB/s copied, {limits['flops'] / 1e12:.0f} TFLOP/s multiplied",
+            flush=True,
+        )
         for arm in settings.arms:
-            results[arm] = measure_arm(arm, Path(folder), config, settings, device, dtype)
-            results[arm]["limits"] = step_limits(config, results[arm], limits)
-            show(arm, results[arm])
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    for arm in results:
-        if "published" in results and arm != "published":
-            results[arm]["ratio"] = results[arm]["completions_per_s"] / results["published"]["completions_per_s"]
-            print(f"{arm}: {results[arm]['ratio']:.2f} times the published way's completions a second")
-    print(json.dumps({"device": name, "shape": settings.shape, "measured": limits, "arms": results}))
+            try:
+                results[arm] = in_own_process(measure_arm, arm, Path(folder), settings, limits)
+                show(arm, results[arm])
+            except Exception as error:  # whatever it is, the other arms are measured
+                traceback.print_exception(error)
+                results[arm] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+                print(f"{arm}: failed, {results[arm]['failed']}", flush=True)
+    measured = {arm: result for arm, result in results.items() if "failed" not in result}
+    for arm in measured:
+        if "published" in measured and arm != "published":
+            measured[arm]["ratio"] = measured[arm]["completions_per_s"] / measured["published"]["completions_per_s"]
+            print(f"{arm}: {measured[arm]['ratio']:.2f} times the published way's completions a second")
+    print(json.dumps({"device": name, **asdict(settings), "measured": limits, "arms": results}))
+    return 0 if len(measured) == len(results) else 1
 
 
-def build_policy(folder: Path, settings: Settings, device: torch.device, dtype: torch.dtype) -> LlamaConfig:
-    """Saves a random policy and a tokenizer made from the demo's texts; returns the shape."""
+def in_own_process(work, *arguments):
+    """What `work` returns or raises; an assertion on the GPU ends CUDA for the process that meets it."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def prepare(folder: Path, settings: Settings) -> tuple[str, dict]:
+    """Saves a random policy and a tokenizer made from the demo's texts; returns the device's name and its limits."""
+    device, dtype = here()
+    limits = measure_limits(device, dtype)
     hidden, mlp, layers, heads, vocabulary = SHAPES[settings.shape]
     tokenizer = train_tokenizer(demo_data(0), 2400)
     config = LlamaConfig(
@@ -167,19 +183,43 @@ def build_policy(folder: Path, settings: Settings, device: torch.device, dtype: 
         pad_token_id=tokenizer.pad_token_id,
         dtype=dtype,
     )
+    check_fits(tokenizer, config, settings)
     torch.manual_seed(0)
     with torch.device(device):
         model = LlamaForCausalLM(config).to(dtype)
     disable_progress_bar()
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
-    return config
+    return torch.cuda.get_device_name() if device.type == "cuda" else "CPU", limits
 
 
-def measure_arm(
-    arm: str, folder: Path, config: LlamaConfig, settings: Settings, device: torch.device, dtype: torch.dtype
-) -> dict:
-    """Trains a few steps one way; mean seconds of the parts, completions a second, peak memory."""
+def check_fits(tokenizer, config: LlamaConfig, settings: Settings) -> None:
+    """Raises UserError where an id would be outside the embedding or a position outside the model's context."""
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"the tokenizer has {len(tokenizer)} ids, the policy only {config.vocab_size}")
+    longest = max(len(get_template("pku").encode_prompt(tokenizer, text)) for text in train_prompts())
+    padded = -(-longest // PROMPT_PADDING) * PROMPT_PADDING
+    if padded + settings.completion_length > config.max_position_embeddings:
+        raise UserError(
+            f"completion_length {settings.completion_length} and prompts of up to {padded} tokens do not fit into the "
+            f"policy's context of {config.max_position_embeddings}"
+        )
+
+
+def train_prompts() -> list[str]:
+    return [row["prompt"] for row in demo_data(0).train_rows][:200]
+
+
+def here() -> tuple[torch.device, torch.dtype]:
+    """The device, and the dtype of the frozen weights on it."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16
+    return torch.device("cpu"), torch.float32
+
+
+def measure_arm(arm: str, folder: Path, settings: Settings, limits: dict) -> dict:
+    """Trains a few steps one way; mean seconds of the parts and their limits, completions a second, peak memory."""
+    device, dtype = here()
     changes = ARMS[arm] | ({} if arm == "published" else {"per_device_train_batch_size": settings.passes})
     grpo = GRPOSettings(
         model_name=str(folder),
@@ -192,19 +232,16 @@ def measure_arm(
         beta=0.01,
         **changes,
     )
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     engine = TransformersEngine(folder, dtype=str(dtype).removeprefix("torch."))
+    config = engine.model.config
     args = trl_config(grpo, folder / arm)
-    prompts = [row["prompt"] for row in demo_data(0).train_rows][:200]
     scorer = RandomScorer(config, engine, settings.completion_length, device, dtype)
     trainer = ConstrainedGRPOTrainer(
         args,
         engine,
         scorer,
         ConstrainedReward(LagrangeMultiplier(), grpo.num_generations),
-        run_order(prompts, grpo.prompts_per_step, grpo.max_steps, 0),
-        static_cache=args.pad_to_multiple_of is not None,
+        run_order(train_prompts(), grpo.prompts_per_step, grpo.max_steps, 0),
         peft_config=adapter_config(grpo),
     )
     watch = Watch(trainer)
@@ -213,7 +250,7 @@ def measure_arm(
     counted = watch.rows[settings.warmup :]
     seconds = {name: float(np.mean([row[name] for row in counted])) for name in counted[0]}
     completions = grpo.prompts_per_step * grpo.num_generations
-    return {
+    result = {
         "completions_a_step": completions,
         "completions_per_s": completions / seconds["total"],
         "seconds": seconds,
@@ -222,6 +259,7 @@ def measure_arm(
         "scored_tokens": scorer.tokens,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
     }
+    return result | {"limits": step_limits(config, result, limits)}
 
 
 def step_limits(config: LlamaConfig, result: dict, limits: dict) -> dict:

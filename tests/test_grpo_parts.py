@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from fake_scorer import score_of
+from grpo_trainer import StubScorer, make_trainer, rows_of
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOTrainer
 
@@ -14,13 +15,10 @@ from alignment.errors import UserError
 from alignment.generation import TransformersEngine
 from alignment.GRPO.data import prompts_that_fit, run_order
 from alignment.GRPO.reward import ConstrainedReward, group_advantages
-from alignment.GRPO.settings import GRPOSettings, load_settings
-from alignment.GRPO.trainer import ConstrainedGRPOTrainer
-from alignment.GRPO.trl_config import adapter_config, trl_config
+from alignment.GRPO.settings import load_settings
 from alignment.GRPO.turns import own_turn
 from alignment.lagrangian import LagrangeMultiplier
 from alignment.prompts import draw_rows
-from alignment.scoring.client import Scores
 
 NAN = float("nan")
 YAML = Path(__file__).resolve().parents[1] / "alignment/GRPO/grpo_alignment.yaml"
@@ -36,18 +34,8 @@ def test_published_lambda_and_rewards(goldens):
     for name, config in golden["configs"].items():
         for sequence, costs in golden["costs"].items():
             wanted = golden["grpo"][name][sequence]
-            constraint = ConstrainedReward(
-                LagrangeMultiplier(
-                    value=config["lambda_cost"],
-                    learning_rate=config["lambda_lr"],
-                    minimum=config["lambda_min"],
-                    maximum=config["lambda_max"],
-                    positive_part=config["lambda_pos_cost_only"],
-                    ema_beta=config["jc_ema_beta"],
-                    threshold_d=config["cost_threshold_d"],
-                ),
-                group_size=golden["batch"],
-            )
+            multiplier = LagrangeMultiplier.from_settings(SimpleNamespace(**config, lambda_rule="published"))
+            constraint = ConstrainedReward(multiplier, group_size=golden["batch"])
             verdicts = [
                 constraint.judge(np.array(r), np.array(c)) for r, c in zip(golden["rewards"], costs, strict=True)
             ]
@@ -263,50 +251,6 @@ def test_a_retired_key_in_a_file_names_its_replacement(tmp_path):
 # ---- TRL's trainer with the constraint in it, one process, no service ----
 
 
-class StubScorer:
-    """`change(prompts, responses, rewards, costs)` may return other scores."""
-
-    def __init__(self, change=None):
-        self.change, self.seen = change, []
-
-    def score(self, prompts, responses, finished):
-        pairs = np.array([score_of(p, r) for p, r in zip(prompts, responses, strict=True)])
-        rewards, costs = pairs.T
-        if self.change:
-            rewards, costs = self.change(prompts, responses, rewards, costs)
-        self.seen += zip(prompts, responses, finished, strict=True)
-        return Scores(np.array(rewards), np.array(costs), [None] * len(prompts), [False] * len(prompts))
-
-
-def make_trainer(policy, folder, scorer, **changes):
-    values = {
-        "model_name": "m",
-        "scorer_url": "http://x:1",
-        "max_steps": 4,
-        "num_generations": 4,
-        "prompts_per_step": 2,
-    }
-    values |= {"per_device_train_batch_size": 4, "max_completion_length": 6, "temperature": 1.0}
-    values |= {"learning_rate": 1e-2, "beta": 0.1}
-    settings = GRPOSettings(**(values | changes))
-    engine = TransformersEngine(policy)
-    prompts = [f"What does ASSISTANT: or USER: number {i} mean?" for i in range(10)]
-    return ConstrainedGRPOTrainer(
-        trl_config(settings, folder),
-        engine,
-        scorer,
-        ConstrainedReward(LagrangeMultiplier(), settings.num_generations, settings.reward_aggregation),
-        run_order(prompts, settings.prompts_per_step, settings.max_steps, settings.seed),
-        peft_config=adapter_config(settings),
-    )
-
-
-def rows_of(trainer):
-    """The inputs of a step, as TRL's loader hands them to the first hook."""
-    trainer.model.train()
-    return next(iter(trainer.get_train_dataloader()))
-
-
 def test_what_is_scored_and_what_is_trained_on(tiny_policy, tmp_path, monkeypatch):
     scorer = StubScorer()
     trainer = make_trainer(tiny_policy, tmp_path, scorer)
@@ -349,6 +293,20 @@ def test_missing_scores_and_flat_groups_in_the_trainer(tiny_policy, tmp_path):
     assert (output["tool_mask"].sum(1)[8:] > 0).any()
     metrics = trainer.step_metrics
     assert (metrics["scores_missing"], metrics["groups_equal"], metrics["completions_left_out"] >= 5) == (1, 1, True)
+
+
+def test_a_whole_group_without_scores_in_the_trainer(tiny_policy, tmp_path):
+    def change(prompts, responses, rewards, costs):
+        rewards[:2] = NAN
+        return rewards, costs
+
+    changes = {"num_generations": 2, "prompts_per_step": 24, "per_device_train_batch_size": 48, "max_steps": 1}
+    trainer = make_trainer(tiny_policy, tmp_path, StubScorer(change), **changes)
+    trainer.train()
+    metrics = trainer.step_metrics
+    assert (metrics["scores_missing"], metrics["groups_unscorable"]) == (2, 1)
+    assert not trainer._verdict.taught[:2].any() and trainer._verdict.taught.any()
+    assert all(torch.isfinite(value).all() for value in trainer.model.parameters())
 
 
 def test_advantages_are_trls_own_where_all_is_well(tiny_policy, tmp_path, monkeypatch):

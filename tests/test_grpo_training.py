@@ -8,37 +8,16 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from fake_scorer import FakeScorer, score_of
+from grpo_script import REPO, SMALL, command, run_script, same_run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from alignment.records import read_json, read_jsonl, write_jsonl
-
-REPO = Path(__file__).resolve().parents[1]
-slow = partial(pytest.param, marks=pytest.mark.slow)
-SCRIPT = "alignment/GRPO/train_grpo_alignment.py"
-SMALL = {
-    "num_generations": 4,
-    "prompts_per_step": 2,
-    "per_device_train_batch_size": 2,
-    "max_steps": 6,
-    "max_completion_length": 6,
-    "temperature": 1.0,
-    "learning_rate": 0.005,
-    "beta": 0.1,
-    "lambda_lr": 0.1,
-    "lambda_pos_cost_only": "false",
-    "eval_every": 2,
-    "save_steps": 2,
-    "scorer_batch_size": 64,
-    "scorer_max_wait": 3,
-    "seed": 7,
-}
+from alignment.scoring.discovery import Publication, address_path, own_address
 
 
 @pytest.fixture(scope="module")
@@ -47,41 +26,6 @@ def prompts(tmp_path_factory):
     write_jsonl(folder / "train.jsonl", [{"prompt": f"question {i}?"} for i in range(5)])
     write_jsonl(folder / "eval.jsonl", [{"prompt": f"held out {i}"} for i in range(5)])
     return folder
-
-
-def command(policy, url, prompts, run, *, processes=1, script=SCRIPT, **settings):
-    flags = [text for name, value in (SMALL | settings).items() for text in (f"--{name}", str(value))]
-    files = ["--train_jsonl", str(prompts / "train.jsonl"), "--eval_jsonl", str(prompts / "eval.jsonl")]
-    where = ["--model_name", str(policy), "--scorer_url", url, "--output_dir", str(run)]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
-    return [sys.executable, *(launcher if processes > 1 else []), script, *where, *files, *flags]
-
-
-def run_script(*arguments, environment=None, **settings):
-    return subprocess.run(
-        command(*arguments, **settings),
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **(environment or {})},
-    )
-
-
-def same_run(a: Path, b: Path) -> bool:
-    """Weights, metrics (with lambda and the prompts drawn) and held-out answers."""
-    first, second = (load_file(run / "final" / "model.safetensors") for run in (a, b))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    rows = [
-        [{key: value for key, value in row.items() if key != "seconds"} for row in read_jsonl(run / "metrics.jsonl")]
-        for run in (a, b)
-    ]
-    assert rows[0] == rows[1]
-    assert read_json(a / "final/trainer_state.json") == read_json(b / "final/trainer_state.json")
-    for path in (a / "eval").iterdir():
-        assert path.read_bytes() == (b / "eval" / path.name).read_bytes()
-    return True
 
 
 @pytest.fixture(scope="module")
@@ -341,6 +285,26 @@ def test_adapters_resume_exactly_and_are_saved_merged(tiny_policy, prompts, tmp_
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/checkpoints/iteration_00004/adapter_model.safetensors").exists()
     assert same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_scorer_that_it_began_with(tiny_policy, prompts, tmp_path):
+    run, settings = tmp_path / "run", {"eval_every": 100, "save_steps": 100}
+    with FakeScorer() as begun, FakeScorer() as other:
+        assert run_script(tiny_policy, begun.url, prompts, run, max_steps=1, **settings).returncode == 0
+        other.identity = begun.identity | {"dtype": "bfloat16"}
+        for fake in (begun, other):
+            fake.instance = fake.url
+            address = own_address(fake.url, fake.instance, {})
+            Publication(address_path(tmp_path, address), address, None).write(fake.identity)
+        environment = {"LOGS_DIR": str(tmp_path), "EXPERIMENT_ID": "", "SCORER_JOB_ID": ""}
+        done = run_script(tiny_policy, "auto", prompts, run, max_steps=2, environment=environment, **settings)
+        assert done.returncode == 0, done.stderr
+        assert "going on after step 1" in done.stdout
+        done = run_script(tiny_policy, other.url, prompts, run, max_steps=3, **settings)
+        assert done.returncode == 2
+        assert "bfloat16" in done.stderr and done.stderr.strip().endswith("the run began with the former")
+        assert not other.requests
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from alignment.generation import Generation
 from alignment.GRPO.checkpoints import newest_checkpoint, step_of
 from alignment.GRPO.ranks import Stopped, on_any, raise_on_all
 from alignment.GRPO.settings import GRPOSettings
-from alignment.GRPO.trainer import ConstrainedGRPOTrainer
+from alignment.GRPO.trainer import BrokenStep, ConstrainedGRPOTrainer
 from alignment.progress import progress_bar, watched
 from alignment.records import finite_or_none, read_json, read_jsonl, write_json, write_jsonl
 from alignment.runs import MetricsLog, StopSignal, atomic_directory
@@ -60,7 +60,7 @@ class Run(TrainerCallback):
         """Trains to the end, or until it is told to stop; returns whether the run is finished.
 
         A failure (UserError) that any process meets is raised on all of them, after the state of the last whole step has
-        been saved.
+        been saved (not after a BrokenStep: with DeepSpeed the weights have taken it already).
         """
         checkpoint = newest_checkpoint(self.folder)
         first = step_of(checkpoint)
@@ -81,6 +81,8 @@ class Run(TrainerCallback):
                 return True
         except Stopped:
             self._save_checkpoint()
+        except BrokenStep:
+            raise
         except UserError:
             self._save_checkpoint()
             raise

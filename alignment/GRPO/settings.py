@@ -9,8 +9,6 @@ from typing import Literal
 from alignment.config import load_config, read_yaml_mapping, setting
 from alignment.errors import UserError
 
-PROG = "train_grpo_alignment.py"
-
 # Keys of the published YAML that are gone, and what does their work now.
 RETIRED = {
     "scorer_batch_size_eval": "scorer_batch_size is used for training and evaluation",
@@ -170,8 +168,11 @@ class GRPOSettings:
         return {name: value for name, value in vars(self).items() if name not in free}
 
 
-def load_settings(argv: list[str] | None = None) -> GRPOSettings:
-    """The settings from YAML and flags. Raises UserError, for a retired key with what replaces it."""
+def load_settings(argv: list[str] | None = None, description: str = "") -> GRPOSettings:
+    """The settings from YAML and flags; `description` is the script's docstring, for --help.
+
+    Raises UserError, for a retired key with what replaces it.
+    """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name in ("config", *RETIRED):
         finder.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name, nargs="?")
@@ -182,11 +183,4 @@ def load_settings(argv: list[str] | None = None) -> GRPOSettings:
         if name in given or name in in_file:
             where = f"--{name}" if name in given else f"{config}: key '{name}'"
             raise UserError(f"{where} is retired: {advice}; remove it")
-    return load_config(
-        GRPOSettings,
-        argv,
-        prog=PROG,
-        description="Aligns a policy with GRPO: max E[R] - lambda E[C] subject to E[C] <= 0.",
-        epilog=f"example: {PROG} --config alignment/GRPO/grpo_alignment.yaml --beta 0.1 --model_name models/alpaca-7b "
-        "--scorer_url http://node12:8000 --output_dir runs/grpo_beta_0.1",
-    )
+    return load_config(GRPOSettings, argv, prog="train_grpo_alignment.py", description=description)

@@ -31,7 +31,7 @@ EXIT_STOPPED = 128  # plus the signal's number, as shells do
 
 
 def main() -> int:
-    settings = load_settings()
+    settings = load_settings(description=__doc__)
     settings.accumulation(int(os.environ.get("WORLD_SIZE", 1)))
     train_rows = load_prompts(settings.train_jsonl, settings.prompt_key)
     held_out_rows = load_prompts(settings.eval_jsonl, settings.prompt_key)
@@ -39,8 +39,9 @@ def main() -> int:
     begun = (folder / "manifest.json").exists()
     if begun and not settings.resume:
         raise UserError(f"{folder} holds a run already: give another --output_dir, or leave out --resume false")
+    begun_with = read_json(folder / "manifest.json")["deciding"] if begun else {}
     if begun:
-        check_same_run(read_json(folder / "manifest.json")["deciding"], settings.deciding(), folder)
+        check_same_run(begun_with, settings.deciding(), folder)
         if step_of(newest_checkpoint(folder)) >= settings.max_steps and (folder / "final").exists():
             print(f"{folder} is finished; a larger --max_steps would go on with it")
             return 0
@@ -62,7 +63,10 @@ def main() -> int:
     with StopSignal() as stop:
         args = trl_config(settings, folder)
         scorer = ScorerClient(
-            settings.scorer_url, batch_size=settings.scorer_batch_size, max_wait=settings.scorer_max_wait
+            settings.scorer_url,
+            batch_size=settings.scorer_batch_size,
+            max_wait=settings.scorer_max_wait,
+            expected_identity=begun_with.get("scorer"),  # of several, "auto" then takes the one that the run began with
         )
         scorer.wait_until_ready()
         engine = TransformersEngine(
@@ -83,7 +87,7 @@ def main() -> int:
             "scorer": scorer.identity(),
         }
         if begun:
-            check_same_run(read_json(folder / "manifest.json")["deciding"], deciding, folder)
+            check_same_run(begun_with, deciding, folder)
         multiplier = LagrangeMultiplier.from_settings(settings)
         trainer = ConstrainedGRPOTrainer(
             args,
@@ -91,7 +95,6 @@ def main() -> int:
             scorer,
             ConstrainedReward(multiplier, settings.num_generations, settings.reward_aggregation),
             run_order(prompts, settings.prompts_per_step, settings.max_steps, settings.seed),
-            static_cache=args.pad_to_multiple_of is not None,
             peft_config=adapter_config(settings),
         )
         main_process = trainer.accelerator.is_main_process

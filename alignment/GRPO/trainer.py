@@ -16,6 +16,7 @@ neither rewarded nor trained on; what cannot be scored, or is all equal within i
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable
@@ -39,6 +40,10 @@ from alignment.records import write_json
 logging.getLogger("trl.trainer.grpo_trainer").setLevel(logging.ERROR)
 
 
+class BrokenStep(UserError):
+    """A step that must not be saved."""
+
+
 class ConstrainedGRPOTrainer(GRPOTrainer):
     """`scorer` is a ScorerClient or LocalScorer. The rows of `train_dataset` are `data.run_order`'s.
 
@@ -53,7 +58,6 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
         constraint: ConstrainedReward,
         train_dataset: Dataset,
         *,
-        static_cache: bool = False,
         peft_config=None,
         phase: Callable[[str], None] = lambda text: None,
     ):
@@ -79,11 +83,12 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
         self.remove_callback(PrinterCallback)  # metrics.jsonl has what it would print
         self.add_callback(_SkipEmptySteps(self))
         engine.model, engine.device = self.model, self.accelerator.device
-        if static_cache and not self.use_vllm:
+        if args.cache_implementation == "static":
             # TRL forbids compiling; with a cache of one shape it is what makes generation fast.
-            self.generation_config.cache_implementation = "static"
             self.generation_config.disable_compile = False
-            self.generation_kwargs["cache_implementation"] = "static"
+        # On Hopper, torch >= 2.11 prefers cuDNN's attention, whose backward pass gives NaN for padding on the left at lengths
+        # of 64 more than a multiple of 128 (https://github.com/pytorch/pytorch/issues/196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     # -- what is sampled ------------------------------------------------------------------------------------------
 
@@ -125,7 +130,7 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
         self._turns = [own_turn(self.engine, *pair) for pair in zip(prompt_ids, completion_ids, strict=True)]
         if log_probs is not None:  # vLLM's; NaN makes TRL take the closing EOS as sampled by the policy itself
             log_probs = [
-                [*known[: len(turn.ids) - 1], float("nan")] if turn.closed else known
+                [*known[: len(turn.ids) - 1], float("nan")] if turn.closed else known[: len(turn.ids)]
                 for turn, known in zip(self._turns, log_probs, strict=True)
             ]
         self._seconds = {"generate": time.perf_counter() - began}
@@ -183,6 +188,21 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
             "prompt_rows": list(dict.fromkeys(rows)),
             "seconds": self._seconds,
         }
+
+    # -- what is learned ------------------------------------------------------------------------------------------
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Raises BrokenStep for gradients that are not finite, on all processes (the norm is theirs together).
+
+        transformers would log the mean loss of other steps in place of NaN and go on with broken weights.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and not math.isfinite(norm):
+            raise BrokenStep(
+                f"the gradients of step {self.state.global_step + 1} are not finite: the run stops and saves nothing of that "
+                "step. The same command goes on from the last checkpoint; try --dtype float32 or a lower learning_rate"
+            )
+        return norm
 
     # -- what is saved --------------------------------------------------------------------------------------------
 

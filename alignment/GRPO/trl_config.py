@@ -19,6 +19,7 @@ def trl_config(settings: GRPOSettings, folder: Path) -> GRPOConfig:
     """Starts the process group, too, when a launcher has started several processes."""
     on_gpu = torch.cuda.is_available()
     static = on_gpu if settings.generation_cache == "auto" else settings.generation_cache == "static"
+    static = static and not settings.use_vllm
     args = GRPOConfig(
         output_dir=str(folder / "checkpoints"),
         seed=settings.seed,
@@ -38,7 +39,8 @@ def trl_config(settings: GRPOSettings, folder: Path) -> GRPOConfig:
         temperature=settings.temperature,
         top_p=settings.top_p,
         top_k=0,
-        pad_to_multiple_of=PROMPT_PADDING if static and not settings.use_vllm else None,
+        cache_implementation="static" if static else None,
+        pad_to_multiple_of=PROMPT_PADDING if static else None,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler_type,
         warmup_steps=settings.warmup_steps,

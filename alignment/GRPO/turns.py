@@ -24,7 +24,8 @@ def own_turn(engine: TransformersEngine, prompt_ids: list[int], tokens: list[int
     """
     answer = engine.read(prompt_ids, tokens)
     if not answer.cut:
-        return Turn(answer, tokens, closed=False)
+        ended = answer.num_tokens < len(tokens)
+        return Turn(answer, tokens[: answer.num_tokens + ended], closed=False)
     # Not a bisection: in the middle of a character of several byte tokens the text's length goes up and down.
     kept = answer.num_tokens
     while len(engine.read(prompt_ids, tokens[:kept]).raw) > len(answer.response):

@@ -1,0 +1,87 @@
+"""What goes wrong on GPUs first: the static cache, attention kernels, gradients that are not finite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from grpo_trainer import StubScorer, make_settings, make_trainer, rows_of
+from torch.nn import functional
+
+from alignment.GRPO.run import Run
+from alignment.GRPO.trainer import BrokenStep, ConstrainedGRPOTrainer
+from alignment.runs import StopSignal
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_the_static_cache_samples_what_the_dynamic_one_does(tiny_policy, tmp_path, lora_rank):
+    said = {}
+    for cache in ("dynamic", "static"):
+        changes = {"generation_cache": cache, "lora_rank": lora_rank, "max_completion_length": 12}
+        trainer = make_trainer(tiny_policy, tmp_path / cache, StubScorer(), **changes)
+        assert trainer.generation_config.disable_compile == (cache == "dynamic")
+        inputs = rows_of(trainer)
+        for row in inputs[4:]:
+            row["prompt"] = "a longer one: " + row["prompt"]  # so that the first are padded
+        for step in range(2):  # the second with the cache's length known
+            trainer.state.global_step = step
+            output = trainer._generate_and_score_completions(inputs)
+            said[cache, step] = [
+                ids[mask.bool()].tolist()
+                for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True)
+            ]
+            assert output["prompt_ids"].shape[1] % 64 == 0 or cache == "dynamic"
+    assert said["static", 0] == said["dynamic", 0]
+    assert said["static", 1] == said["dynamic", 1]
+    assert said["static", 0] != said["static", 1]
+
+
+def test_attention_of_cudnn_is_not_used(tiny_policy, tmp_path):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    make_trainer(tiny_policy, tmp_path, StubScorer())
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("length", [64, 128, 192, 320, 333])
+def test_padding_on_the_left_gives_finite_gradients(length):
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    states = torch.randn(3, 2, 4, length, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    mask = torch.ones(length, length, device="cuda", dtype=torch.bool).tril().repeat(2, 1, 1, 1)  # (B, 1, T, T)
+    mask[1, :, :, :20] = False  # queries 0..19 see nothing
+    output = functional.scaled_dot_product_attention(*states, attn_mask=mask)
+    assert torch.isfinite(output).all()
+    output[:, :, 20:].float().sum().backward()
+    assert torch.isfinite(states.grad).all()
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_take_it(tiny_policy, tmp_path):
+    changes = {"max_steps": 3, "eval_every": 100, "save_steps": 1}
+    trainer = make_trainer(tiny_policy, tmp_path, StubScorer(), **changes)
+    weight = trainer.model.model.layers[0].self_attn.q_proj.weight
+    seen = []
+
+    def spoil(gradient):
+        if trainer.state.global_step == 2:
+            seen.append({name: value.detach().clone() for name, value in trainer.model.named_parameters()})
+            return gradient * float("nan")
+        return gradient
+
+    weight.register_hook(spoil)
+    with StopSignal() as stop, pytest.raises(BrokenStep, match="gradients of step 3 are not finite"):
+        Run(make_settings(**changes), trainer, ["held out"], tmp_path, stop).train()
+    assert all(torch.equal(value, seen[0][name]) for name, value in trainer.model.named_parameters())
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
+        "iteration_00001",
+        "iteration_00002",
+    ]
+    assert not (tmp_path / "final").exists()
+
+
+def test_without_the_check_such_a_gradient_would_break_the_policy(tiny_policy, tmp_path, monkeypatch):
+    """What a run on a GPU met: the next step's sampling fails, far from the cause."""
+    monkeypatch.setattr(ConstrainedGRPOTrainer, "_get_grad_norm", lambda self, model, grad_norm=None: grad_norm)
+    trainer = make_trainer(tiny_policy, tmp_path, StubScorer())
+    trainer.model.model.layers[0].self_attn.q_proj.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(RuntimeError, match="probability tensor contains either"):
+        trainer.train()
+    assert trainer.state.global_step == 1
