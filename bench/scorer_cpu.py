@@ -12,7 +12,6 @@ The limit is what a padding of zero would bring: padded tokens over tokens. The 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig
 
+from alignment.config import script_parser
 from alignment.scoring.batching import WIDTH_STEP, BatchScorer
 from alignment.scoring.score_model import ScoreModel
 from alignment.scoring.worker import TEXTS_A_ROUND
@@ -65,7 +65,7 @@ def in_rounds(scorer: BatchScorer, texts: list[tuple[int, ...]]) -> list[float]:
     return [
         score
         for start in range(0, len(texts), TEXTS_A_ROUND)
-        for score in scorer.score(texts[start : start + TEXTS_A_ROUND])
+        for score in scorer.score(texts[start : start + TEXTS_A_ROUND]).tolist()
     ]
 
 
@@ -76,13 +76,13 @@ def padded_tokens(texts: list[tuple[int, ...]]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--lengths", required=True, help="CSV of prompt and response lengths in tokens")
-    parser.add_argument("--texts", type=int, default=512)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--texts", type=int, default=512, help="how many are scored")
+    parser.add_argument("--hidden", type=int, default=256, help="width of the models")
+    parser.add_argument("--layers", type=int, default=4, help="of the models")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each way; the best one counts")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = build_model(options.hidden, options.layers)

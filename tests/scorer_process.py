@@ -17,9 +17,8 @@ import requests
 import uvicorn
 from conftest import REPO
 
-from alignment.scoring import worker as worker_module
 from alignment.scoring.http_app import build_app
-from alignment.scoring.local_scorer import Conversation, Score
+from alignment.scoring.local_scorer import Conversation, LocalScorer, Score
 from alignment.scoring.monitor import Monitor
 from alignment.scoring.scorer_service import take_port
 from alignment.scoring.service_settings import read_settings
@@ -132,13 +131,11 @@ def in_process(models=("reward", "cost"), on_failure=pytest.fail, auth=None, stu
     ready = threading.Event()
     settings = read_settings({"REWARD_MODEL": str(models[0]), "COST_MODEL": str(models[1])} | env)
     jobs = WorkQueue(settings.limits.max_queued_tokens)
-    with pytest.MonkeyPatch.context() as patch:
-        if stub:
-            patch.setattr(worker_module, "LocalScorer", StubScorer)
-        worker = Worker(settings, jobs, Monitor(), lambda _: ready.set(), on_failure)
-        worker.monitor.watch(jobs)
-        worker.start()
-        assert ready.wait(START_SECONDS)
+    load = StubScorer if stub else LocalScorer
+    worker = Worker(settings, jobs, Monitor(), lambda _: ready.set(), on_failure, load)
+    worker.monitor.watch(jobs)
+    worker.start()
+    assert ready.wait(START_SECONDS)
     listener = take_port("127.0.0.1", 0)
     app = build_app(worker, auth, settings.limits, "instance", {"job_id": "7"}, settings.log_texts)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))

@@ -16,8 +16,8 @@ from conftest import make_tokenizer, tiny_llama_config
 from safetensors.torch import load_file, save_file
 
 from alignment.errors import UserError
+from alignment.model_folder import resolve_folder, weights_hash
 from alignment.scoring.batching import ROWS, BatchScorer, rows_to_run
-from alignment.scoring.checkpoint import resolve_folder, weights_hash
 from alignment.scoring.local_scorer import LocalScorer
 from alignment.scoring.score_model import Normalizer, ScoreModel, SequenceClassifier, load_score_model
 
@@ -85,7 +85,7 @@ def test_golden_scores_alone(folder, cases, name, letter, key):
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_golden_scores_in_a_batch(folder, cases, name, deterministic):
     scorer = BatchScorer(load_score_model(folder / name), deterministic)
-    scores = scorer.score([tuple(case["input_ids"][:512]) for case in cases])
+    scores = scorer.score([tuple(case["input_ids"][:512]) for case in cases]).tolist()
     for case, value in zip(cases, scores, strict=True):
         assert value == pytest.approx(case[LETTER[name]]["batch_right_512"], abs=1e-5), case["id"]
 
@@ -196,10 +196,10 @@ def test_deterministic_scores_have_the_same_bits_in_any_company(dtype, hidden_si
     texts = random_texts(60, 400)
     try:
         torch.set_num_threads(threads)
-        alone = [scorer.score([text])[0] for text in texts]
+        alone = [scorer.score([text]).item() for text in texts]
         for seed in range(4):
             order = random.Random(seed).sample(range(60), 60 - 15 * seed)
-            assert scorer.score([texts[i] for i in order]) == [alone[i] for i in order]
+            assert scorer.score([texts[i] for i in order]).tolist() == [alone[i] for i in order]
     finally:
         torch.set_num_threads(1)
     assert len(set(alone)) > 50
@@ -209,7 +209,7 @@ def test_plain_batches_agree_within_rounding():
     torch.manual_seed(0)
     model = ScoreModel(tiny_llama_config(400, initializer_range=0.3)).eval()
     texts = random_texts(60, 400)
-    batched = BatchScorer(model, deterministic=False, tokens_per_batch=256).score(texts)
+    batched = BatchScorer(model, deterministic=False, tokens_per_batch=256).score(texts).tolist()
     assert batched == pytest.approx([score(model, list(text)) for text in texts], abs=1e-5)
 
 
@@ -238,7 +238,7 @@ def test_identical_texts_are_scored_once(monkeypatch):
     rows = []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda ids, lengths: rows.append(len(ids)) or forward(ids, lengths))
-    assert len(set(scorer.score([(1, 5)] * 100))) == 1
+    assert len(set(scorer.score([(1, 5)] * 100).tolist())) == 1
     assert rows == [1]
 
 

@@ -22,10 +22,11 @@ from scorer_process import HELLO, SCRIPT, START_SECONDS, Service, fails, in_proc
 
 from alignment.errors import UserError
 from alignment.scoring import test_score_fixed_prompt as fixed_prompt
-from alignment.scoring.client import ScorerClient, ScorerUnavailable, Scores
+from alignment.scoring.client import ScorerClient, ScorerUnavailable
 from alignment.scoring.discovery import read_addresses
 from alignment.scoring.local_scorer import LocalScorer
 from alignment.scoring.scorer_service import Announcements, take_port
+from alignment.scoring.scores import Scores
 from alignment.scoring.service_settings import read_settings
 from alignment.scoring.worker import Job
 
@@ -400,7 +401,9 @@ def test_nan_in_one_row_leaves_the_others(tiny_scorers):
         real = worker.scorer._models[0].score
 
         def one_nan(texts):
-            return [math.nan if index == 1 else score for index, score in enumerate(real(texts))]
+            scores = real(texts).clone()
+            scores[1:2] = math.nan
+            return scores
 
         body = {"prompts": ["a", "b", "c"], "responses": ["x", "y", "z"]}
         expected = requests.post(url + "/score_batch", json=body, timeout=10).json()

@@ -26,11 +26,10 @@ def many(name: str, count: int) -> Job:
 
 
 @pytest.fixture
-def worker(monkeypatch):
+def worker():
     """A running worker with a stub; `failures` collects what it reports."""
-    monkeypatch.setattr(module, "LocalScorer", StubScorer)
     ready, failures = threading.Event(), []
-    one = Worker(read_settings({}), WorkQueue(10_000), Monitor(), lambda _: ready.set(), failures.append)
+    one = Worker(read_settings({}), WorkQueue(10_000), Monitor(), lambda _: ready.set(), failures.append, StubScorer)
     one.failures = failures
     one.start()
     assert ready.wait(10)
@@ -208,13 +207,12 @@ def test_a_broken_gpu_ends_the_service_and_tells_everybody_to_come_back(worker):
         worker.jobs.put(job("late"))
 
 
-def test_models_that_cannot_be_loaded(monkeypatch):
+def test_models_that_cannot_be_loaded():
     def fails(**_):
         raise OSError("no such disk")
 
-    monkeypatch.setattr(module, "LocalScorer", fails)
     failures = []
-    one = Worker(read_settings({}), WorkQueue(10), Monitor(), pytest.fail, failures.append)
+    one = Worker(read_settings({}), WorkQueue(10), Monitor(), pytest.fail, failures.append, fails)
     one.start()
     one.join(10)
     assert str(failures[0]) == "no such disk"

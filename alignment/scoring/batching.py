@@ -1,7 +1,7 @@
 """Scores token ids in batches, and in deterministic mode with the same bits whatever else is in the batch.
 
     scorer = BatchScorer(model, deterministic=True)
-    scores = scorer.score([(1, 383, 2), (1, 383, 373, 2)])  # list of float, in order; identical texts are scored once
+    scores = scorer.score([(1, 383, 2), (1, 383, 373, 2)])  # (N,) float32, in order; identical texts are scored once
 
 Why a score can depend on its batch mates at all: kernels treat the last rows of a matrix differently from those before,
 so that the same row rounds differently at another place or beside another number of rows (measured on the golden models:
@@ -12,7 +12,7 @@ Deterministic mode takes that away and still batches:
 - before a width is used, one text is put in every row of each of these sizes: a size is kept only if all rows, at all
   positions, have the bits of the same reference row. Rows do not mix in a forward pass, so place and number of rows are
   all that could matter. Where nothing passes, and for models of other classes, every text has a forward of its own.
-Otherwise batches are sorted by length and filled up to a number of tokens.
+Otherwise batches are sorted by length and filled up to a number of tokens, or, with a PackedForward, hold no padding at all.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Iterator
 
 import torch
 
+from alignment.scoring.packed import PackedForward
 from alignment.scoring.score_model import ScoreModel
 
 WIDTH_STEP = 16
@@ -35,11 +36,21 @@ LARGE_ON_CPU = 50_000_000
 
 
 class BatchScorer:
-    """One score model and how its batches are formed. Not thread-safe: one thread owns it."""
+    """One score model and how its batches are formed; `packed` is its forward without padding, which then does all of it.
 
-    def __init__(self, model, deterministic: bool, tokens_per_batch: int = TOKENS_PER_BATCH) -> None:
+    Not thread-safe: one thread owns it.
+    """
+
+    def __init__(
+        self,
+        model,
+        deterministic: bool,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
+        packed: PackedForward | None = None,
+    ) -> None:
         self.model = model
         self.deterministic = deterministic
+        self.packed = packed
         self.tokens_per_batch = tokens_per_batch
         self.device = next(model.parameters()).device
         self.max_width = getattr(model.config, "max_position_embeddings", None) or math.inf
@@ -52,13 +63,22 @@ class BatchScorer:
             torch.set_num_threads(torch.get_num_threads())
 
     @torch.inference_mode()
-    def score(self, texts: list[tuple[int, ...]]) -> list[float]:
-        """End scores of texts given as token ids, in their order. A score may be NaN or infinite: that is for the caller."""
-        scores: dict[tuple[int, ...], float] = {}
-        batches = self._fixed_batches if self.deterministic else self._full_batches
-        for batch, width, rows in batches(set(texts)):
-            scores.update(zip(batch, self._forward(batch, width, rows), strict=True))
-        return [scores[text] for text in texts]
+    def score(self, texts: list[tuple[int, ...]]) -> torch.Tensor:
+        """End scores (N,) float32 of N texts given as token ids, in their order, on the model's device.
+
+        On a GPU they may still be under way: another model's work can be queued behind before they are asked for. A score may
+        be NaN or infinite: that is for the caller.
+        """
+        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        different = list(places)
+        if self.packed is not None:
+            scores = self.packed.score(different)
+        else:
+            scores = torch.empty(len(different), device=self.device)
+            batches = self._fixed_batches if self.deterministic else self._full_batches
+            for batch, width, rows in batches(different):
+                scores[[places[text] for text in batch]] = self._forward(batch, width, rows)
+        return scores[[places[text] for text in texts]]
 
     def rows_for(self, width: int) -> tuple[int, ...]:
         """The numbers of rows, largest first, with which a batch of this width gives every text the same bits."""
@@ -66,7 +86,7 @@ class BatchScorer:
             self._rows[width] = self._check_rows(width) if self.can_batch else (1,)
         return self._rows[width]
 
-    def _full_batches(self, texts: set[tuple[int, ...]]) -> Iterator[tuple[list[tuple[int, ...]], int, int]]:
+    def _full_batches(self, texts: list[tuple[int, ...]]) -> Iterator[tuple[list[tuple[int, ...]], int, int]]:
         ordered = sorted(texts, key=len, reverse=True)
         while ordered:
             width = len(ordered[0])
@@ -74,7 +94,7 @@ class BatchScorer:
             batch, ordered = ordered[:count], ordered[count:]
             yield batch, width, len(batch)
 
-    def _fixed_batches(self, texts: set[tuple[int, ...]]) -> Iterator[tuple[list[tuple[int, ...]], int, int]]:
+    def _fixed_batches(self, texts: list[tuple[int, ...]]) -> Iterator[tuple[list[tuple[int, ...]], int, int]]:
         by_width = defaultdict(list)
         for text in texts:
             width = math.ceil(len(text) / WIDTH_STEP) * WIDTH_STEP
@@ -86,12 +106,12 @@ class BatchScorer:
                 batch, group = group[:rows], group[rows:]
                 yield batch, width, rows
 
-    def _forward(self, batch: list[tuple[int, ...]], width: int, rows: int) -> list[float]:
+    def _forward(self, batch: list[tuple[int, ...]], width: int, rows: int) -> torch.Tensor:
         """Scores of a batch, run as (rows, width); rows left over repeat the last text."""
         filled = batch + [batch[-1]] * (rows - len(batch))
         ids = torch.tensor([text + (0,) * (width - len(text)) for text in filled], device=self.device)  # (rows, width)
         lengths = torch.tensor([len(text) for text in filled], device=self.device)  # (rows,)
-        return self.model(ids, lengths)[: len(batch)].tolist()
+        return self.model(ids, lengths)[: len(batch)]
 
     @torch.inference_mode()
     def _check_rows(self, width: int) -> tuple[int, ...]:

@@ -23,7 +23,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +31,7 @@ import numpy as np
 from alignment.errors import UserError
 from alignment.scoring.connection import FIRST_PAUSE, IDENTITY_HEADER, LONGEST_PAUSE, Endpoint, Retry
 from alignment.scoring.discovery import ScorerNotFound, find_from_environment, read_secret
+from alignment.scoring.scores import Scores
 
 HEALTH_TIMEOUT = 10.0  # seconds: /health answers at once, also while the service scores
 SAY_AFTER, SAY_EVERY = 5.0, 60.0  # seconds until the first and between lines about waiting, where nobody else shows it
@@ -47,36 +47,6 @@ class ScorerUnavailable(UserError):
 
 class _Abandoned(Exception):
     """Another chunk of the same call failed: this one need not go on."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """N scores in the order of the texts. A missing score is NaN, and `errors` says why."""
-
-    rewards: np.ndarray  # (N,) float64
-    costs: np.ndarray  # (N,) float64
-    errors: list[str | None]
-    truncated: list[bool]
-
-    @classmethod
-    def of(cls, rows) -> Scores:
-        """From N objects with reward, cost (None where missing), error and truncated."""
-        return cls(
-            np.array([math.nan if row.reward is None else row.reward for row in rows], dtype=np.float64),
-            np.array([math.nan if row.cost is None else row.cost for row in rows], dtype=np.float64),
-            [row.error for row in rows],
-            [row.truncated for row in rows],
-        )
-
-    @classmethod
-    def joined(cls, parts: list[Scores]) -> Scores:
-        """The parts one after the other."""
-        return cls(
-            np.concatenate([part.rewards for part in parts] or [np.empty(0)]),
-            np.concatenate([part.costs for part in parts] or [np.empty(0)]),
-            [error for part in parts for error in part.errors],
-            [truncated for part in parts for truncated in part.truncated],
-        )
 
 
 class ScorerClient:

@@ -1,7 +1,9 @@
 """How a scorer is found: it publishes its address in LOGS_DIR/scorer/*.json, and trainers look there (`--scorer_url auto`).
 
-    python alignment/scoring/discovery.py                     # prints the address of the one scorer that fits, or says why not
-    address = find_scorer("logs", experiment_id="beta_sweep")   # Address; raises ScorerNotFound, UserError for several
+    python alignment/scoring/discovery.py           # prints the address of the one scorer that fits, or says why not
+    python alignment/scoring/discovery.py --list    # every published scorer and its state
+
+In Python: find_scorer("logs", experiment_id="beta_sweep") gives an Address, or raises ScorerNotFound, UserError for several.
 
 A file appears before the models load (an unwritable place is found at once), gets the scorer's identity when they are there,
 and goes when the scorer stops. A scorer that was killed leaves its file behind: such a file is stale, which shows because
@@ -12,7 +14,6 @@ run began with; what is left must be one.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -29,6 +30,7 @@ from urllib.parse import urlsplit
 
 import requests
 
+from alignment.config import script_parser
 from alignment.errors import UserError, run_main
 from alignment.records import read_json, write_json
 
@@ -318,7 +320,7 @@ def new_token() -> str:
 
 def main() -> None:
     """Prints the address; --list shows every file and its state."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__, prog="discovery.py")
     parser.add_argument("--list", action="store_true", help="every published scorer and its state, as JSON lines")
     if not parser.parse_args().list:
         print(find_from_environment().url)

@@ -27,8 +27,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, StrictBool, StrictStr, ValidationError
 from starlette.requests import ClientDisconnect
 
-from alignment.errors import UserError
-from alignment.scoring.checkpoint import first_line
+from alignment.errors import UserError, first_line
 from alignment.scoring.connection import IDENTITY_HEADER
 from alignment.scoring.docs_page import docs_page
 from alignment.scoring.local_scorer import Conversation, LocalScorer, Score, check_texts

@@ -10,17 +10,20 @@ nothing is left because its prompt alone fills `max_length`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from alignment.conversation import Encoded, get_template, load_tokenizer
 from alignment.errors import UserError
+from alignment.model_folder import resolve_folder, weights_hash
 from alignment.scoring.batching import BatchScorer
-from alignment.scoring.checkpoint import resolve_folder, weights_hash
-from alignment.scoring.client import Scores
+from alignment.scoring.calibration import Calibration, read_calibration
+from alignment.scoring.packed import PackedForward, can_pack, check_fp8
 from alignment.scoring.score_model import load_score_model
+from alignment.scoring.scores import Scores
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -55,6 +58,9 @@ class Score:
 class LocalScorer:
     """Reward and cost model, their tokenizers and the conversation rule. One thread at a time may score.
 
+    `packed`: batches without padding, compiled before this returns (about 20 s); by default for 16-bit Beaver models on CUDA that
+    need not be deterministic. `fp8`: their linear layers multiply in float8; `calibration` is the file of texts that
+    measures what this does to scores.
     Raises UserError when a model, a tokenizer or a setting does not fit.
     """
 
@@ -69,6 +75,9 @@ class LocalScorer:
         template: str = "pku",
         deterministic: bool | None = None,
         reference: bool = False,
+        packed: bool | None = None,
+        fp8: bool = False,
+        calibration: str | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
         on_cpu = self.device.type == "cpu"
@@ -77,24 +86,21 @@ class LocalScorer:
             raise UserError(f"dtype is {dtype!r}, expected auto, {', '.join(DTYPES)}")
         self.max_length, self.reference = max_length, reference
         self.deterministic = on_cpu if deterministic is None else deterministic
+        if packed is None:
+            packed = self.device.type == "cuda" and self.dtype != "float32" and not self.deterministic
+        if fp8:
+            check_fp8(self.device, self.dtype, self.deterministic)
+        texts = read_calibration(calibration) if fp8 else []
 
         self._tokenizers, self._models, described = [], [], []
         for name in (reward_model, cost_model):
-            folder = resolve_folder(name)
-            tokenizer = load_tokenizer(folder, reference)
-            model = load_score_model(folder, DTYPES[self.dtype], self.device)
-            check_fit(folder, tokenizer, model.config, max_length)
+            tokenizer, model, description = self._load(name)
+            forward = PackedForward(model, max_length) if packed and can_pack(model) else None
+            if fp8 and forward is None:
+                raise UserError(f"{name}: SCORER_FP8 is for Beaver models with a Llama backbone; leave it out")
             self._tokenizers.append(tokenizer)
-            self._models.append(BatchScorer(model, self.deterministic))
-            label = Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else str(name)
-            described.append(
-                {
-                    "name": label,
-                    "weights": weights_hash(folder),
-                    "score_type": model.score_type,
-                    "normalize": model.do_normalize,
-                }
-            )
+            self._models.append(BatchScorer(model, self.deterministic, packed=forward))
+            described.append(description)
         self._templates = [get_template(template, tokenizer, reference) for tokenizer in self._tokenizers]
         self._same_tokenizer = same_tokenizer(*self._tokenizers)
         self._identity = {
@@ -106,6 +112,11 @@ class LocalScorer:
             "deterministic": self.deterministic,
             "reference": reference,
         }
+        if fp8:
+            self._identity["fp8"] = asdict(self._to_fp8(texts))
+        for scorer in self._models:
+            if scorer.packed is not None:
+                scorer.packed.warm_up()
 
     def identity(self) -> dict:
         """What decides a score: models, weights, dtype, template, settings."""
@@ -148,8 +159,7 @@ class LocalScorer:
             [
                 template.encode_conversation(tokenizer, prompt, response, finished, self.max_length)
                 for template, tokenizer in self._distinct()
-            ],
-            finished,
+            ]
         )
 
     def encode_whole(self, text: str, finished: bool = True) -> Conversation:
@@ -158,19 +168,17 @@ class LocalScorer:
             [
                 template.encode_whole(tokenizer, text, finished, self.max_length)
                 for template, tokenizer in self._distinct()
-            ],
-            finished,
+            ]
         )
 
     def score_encoded(self, conversations: list[Conversation]) -> list[Score]:
         """Scores in order. One thread at a time."""
         usable = [conversation for conversation in conversations if conversation.error is None]
-        rewards = iter(self._models[0].score([conversation.reward_ids for conversation in usable]))
-        costs = iter(self._models[1].score([conversation.cost_ids for conversation in usable]))
+        pairs = iter(self._pairs(usable).T.tolist())
         return [
             Score(None, None, conversation.error, conversation.truncated)
             if conversation.error
-            else finite_score(next(rewards), next(costs), conversation.truncated)
+            else finite_score(*next(pairs), conversation.truncated)
             for conversation in conversations
         ]
 
@@ -201,16 +209,46 @@ class LocalScorer:
             found.append(f"the reward looks INVERTED: a kind and a cruel answer have {figures}")
         return found
 
+    def _load(self, name: str) -> tuple:
+        """Tokenizer and model of that folder or hub name, and what the identity says of it."""
+        folder = resolve_folder(name)
+        tokenizer = load_tokenizer(folder, self.reference)
+        model = load_score_model(folder, DTYPES[self.dtype], self.device)
+        check_fit(folder, tokenizer, model.config, self.max_length)
+        return (
+            tokenizer,
+            model,
+            {
+                "name": Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else str(name),
+                "weights": weights_hash(folder),
+                "score_type": model.score_type,
+                "normalize": model.do_normalize,
+            },
+        )
+
+    def _pairs(self, usable: list[Conversation]) -> np.ndarray:
+        """Rewards and costs (2, N) float32. Both models' work is queued before the first score is waited for."""
+        rewards = self._models[0].score([conversation.reward_ids for conversation in usable])
+        costs = self._models[1].score([conversation.cost_ids for conversation in usable])
+        return torch.stack([rewards, costs]).cpu().numpy()
+
+    def _to_fp8(self, texts: list[tuple[str, str]]) -> Calibration:
+        usable = [one for one in (self.encode(*pair) for pair in texts) if one.error is None]
+        before = self._pairs(usable)
+        for scorer in self._models:
+            scorer.packed.use_fp8()
+        return Calibration.between(before, self._pairs(usable))
+
     def _distinct(self):
         # Most pairs of models share their tokenizer: encode once.
         pairs = list(zip(self._templates, self._tokenizers, strict=True))
         return pairs[:1] if self._same_tokenizer else pairs
 
-    def _conversation(self, encoded: list[Encoded], finished: bool) -> Conversation:
+    def _conversation(self, encoded: list[Encoded]) -> Conversation:
         error = None
         if not all(one.ids for one in encoded):
             error = "an empty text that is not finished has no token to score"
-        elif not self.reference and any(nothing_left(one, finished) for one in encoded):
+        elif not self.reference and any(map(nothing_left, encoded)):
             error = (
                 f"the prompt alone fills the {self.max_length} tokens of MAX_LENGTH: nothing of the response is left to"
                 " score; raise MAX_LENGTH or leave this prompt out"
@@ -231,9 +269,11 @@ def check_texts(name: str, texts: list[str]) -> None:
             ) from None
 
 
-def nothing_left(encoded: Encoded, finished: bool) -> bool:
+def nothing_left(encoded: Encoded) -> bool:
     """Whether truncation took all of the response (whole texts have no known prompt: never)."""
-    return encoded.truncated and encoded.prompt_length > 0 and len(encoded.ids) - finished <= encoded.prompt_length
+    return (
+        encoded.truncated and encoded.prompt_length > 0 and len(encoded.ids) - encoded.closing <= encoded.prompt_length
+    )
 
 
 def finite_score(reward: float, cost: float, truncated: bool) -> Score:
@@ -248,9 +288,11 @@ def finite_score(reward: float, cost: float, truncated: bool) -> Score:
 
 
 def same_tokenizer(a, b) -> bool:
-    """Whether two tokenizers give the same ids for every text."""
+    """Whether two tokenizers give the same ids for every conversation."""
     backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (a, b)]
-    return None not in backends and backends[0].to_str() == backends[1].to_str() and a.eos_token_id == b.eos_token_id
+    if None in backends or backends[0].to_str() != backends[1].to_str():
+        return False
+    return (a.eos_token_id, a.chat_template) == (b.eos_token_id, b.chat_template)
 
 
 def check_fit(folder: Path, tokenizer, config, max_length: int) -> None:

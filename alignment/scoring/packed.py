@@ -3,12 +3,14 @@
     forward = PackedForward(model, max_length=576)
     scores = forward.score([(1, 383, 2), (1, 383, 373, 2)])  # (N,) float32 on the device, in order
 
-A batch is cut to a few total lengths (BUCKETS), each filled up with a text of pads, so that what torch.compile makes for a
-bucket at start-up serves for good: neither the number of texts nor their lengths change a shape. Layers are compiled one by
-one; they are alike, so one compilation serves all. Nothing is copied back to the host but the scores, once a batch.
+A batch holds up to TOKENS tokens, filled up with texts of pads to a multiple of STEP. Layers are compiled one by one, for any
+number of tokens: they are alike, so that one compilation at start-up serves all layers and batches, and all batches run the
+same kernels. That matters for scores as well: code compiled for one number of tokens rounds its sums differently from code
+compiled for another, which moved a bfloat16 score by up to 0.04 with the size of its batch. Nothing is copied back to the
+host here.
 
-With `fp8=True` every linear layer of the backbone multiplies in float8 (e4m3): weights with a scale for each output row,
-activations with a scale for each token. Scores then move; `scorer_service` measures by how much at start-up.
+After `use_fp8` every linear layer of the backbone multiplies in float8 (e4m3): weights with a scale for each output row,
+activations with a scale for each token. Scores then move; `local_scorer.py` measures by how much at start-up.
 
 Attention is `torch.nn.attention.varlen` for 16-bit weights on CUDA, otherwise one scaled_dot_product_attention a text:
 that is the plain path, which the tests hold the packed one against.
@@ -24,36 +26,41 @@ from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from alignment.errors import UserError
 from alignment.scoring.score_model import ScoreModel
 
-BUCKETS = (1024, 2048, 4096, 8192, 16384)  # tokens in a batch
+TOKENS = 16384  # in a batch at most, unless one text alone is longer
+STEP = 512  # tokens that a batch is filled up to a multiple of
 _MAX_TEXTS = 512  # in a batch
 _NAME = "alignment_packed"
 
 
 class PackedForward:
-    """`model` is changed: its attention becomes the packed one and, on CUDA, its layers are compiled."""
+    """`model` is changed: its attention becomes the packed one; `warm_up` compiles its layers on CUDA."""
 
-    def __init__(self, model: ScoreModel, max_length: int, fp8: bool = False, compiled: bool | None = None):
+    def __init__(self, model: ScoreModel, max_length: int):
         AttentionInterface.register(_NAME, packed_attention)
         AttentionMaskInterface.register(_NAME, lambda *_, **__: None)
         model.model.set_attn_implementation(_NAME)
         self.model, self.max_length = model, max_length
         self.device = next(model.parameters()).device
-        if fp8:
-            use_fp8(model.model)
         # Sums over parts of a product must not be rounded to 16 bits: which parts depends on the number of tokens.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-        if self.device.type == "cuda" if compiled is None else compiled:
-            for layer in model.model.layers:
-                layer.compile(dynamic=False)
+
+    def use_fp8(self) -> None:
+        """From now on the linear layers multiply in float8. Before `warm_up`."""
+        use_fp8(self.model.model)
 
     def warm_up(self) -> None:
-        """Compiles every bucket."""
-        for tokens in BUCKETS:
-            count = max(1, tokens // self.max_length)
-            self.score([(0,) * min(self.max_length, tokens - 1)] * count)
+        """Compiles the layers; without it, on a CPU and in float32, they run as they are."""
+        if self.device.type != "cuda" or self.model.score_head.weight.dtype == torch.float32:
+            return
+        for layer in self.model.model.layers:
+            layer.compile(dynamic=True)
+        for tokens in (TOKENS, STEP):  # the compiler takes the first as the size to plan for
+            length = min(self.max_length, tokens - 1)
+            self.score([(0,) * length] * (tokens // length))
 
     @torch.inference_mode()
     def score(self, texts: Sequence[tuple[int, ...]]) -> torch.Tensor:
@@ -67,7 +74,7 @@ class PackedForward:
         tokens, starts = pack(texts, self.max_length)
         positions = torch.cat([torch.arange(end - start) for start, end in zip(starts, starts[1:], strict=False)])
         # Empty texts at the end keep the shape of `starts`: the number of texts is not part of what is compiled.
-        fixed = torch.full((_MAX_TEXTS + len(BUCKETS) * 32,), starts[-1], dtype=torch.int32)
+        fixed = torch.full((_MAX_TEXTS + STEP + 1,), starts[-1], dtype=torch.int32)
         fixed[: len(starts)] = torch.tensor(starts, dtype=torch.int32)
         ids = torch.tensor(tokens)[None]  # (1, T)
         ends = torch.tensor(starts[1 : len(texts) + 1]) - 1  # (N,)
@@ -85,29 +92,29 @@ class PackedForward:
 
 
 def batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Rows grouped so that each group fits the largest bucket; the longest texts first, so that groups fill up well."""
+    """Rows grouped so that each group has up to TOKENS tokens; the longest texts first, so that groups fill up well."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     groups: list[list[int]] = []
     room = 0
     for row in order:
         if lengths[row] > room or len(groups[-1]) == _MAX_TEXTS:
             groups.append([])
-            room = BUCKETS[-1]
+            room = TOKENS
         groups[-1].append(row)
         room -= lengths[row]
     return groups
 
 
 def pack(texts: list[tuple[int, ...]], max_length: int) -> tuple[list[int], list[int]]:
-    """Ids of the texts one behind the other, filled up to a bucket with texts of pads (id 0), and where each text starts.
+    """Ids of the texts one behind the other, filled up to a multiple of STEP with texts of pads (id 0), and where each starts.
 
-    The last start is the total length. A batch longer than the largest bucket keeps its length.
+    The last start is the total length.
     """
     tokens = [token for text in texts for token in text]
     starts = [0]
     for text in texts:
         starts.append(starts[-1] + len(text))
-    wanted = next((bucket for bucket in BUCKETS if bucket >= len(tokens)), len(tokens))
+    wanted = -(-len(tokens) // STEP) * STEP
     while starts[-1] < wanted:
         starts.append(min(starts[-1] + max_length, wanted))
     return tokens + [0] * (wanted - len(tokens)), starts
@@ -174,6 +181,21 @@ class Fp8Linear(nn.Module):
             small, self.weight.t(), scale_a=scale, scale_b=self.scale, out_dtype=x.dtype, use_fast_accum=True
         )
         return y.view(*x.shape[:-1], -1)
+
+
+def can_pack(model: nn.Module) -> bool:
+    """Whether this forward is the model's own: a Beaver model, whose attention is plain (no window, no cap on its logits)."""
+    return isinstance(model, ScoreModel) and model.config.model_type == "llama"
+
+
+def check_fp8(device: torch.device, dtype: str, deterministic: bool) -> None:
+    """Raises UserError where float8 cannot be had or is not what was asked for."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError("SCORER_FP8 needs an NVIDIA GPU of compute capability 8.9 or more (Ada, Hopper); leave it out")
+    if dtype != "bfloat16":  # torch's float8 product with a scale a row gives bfloat16
+        raise UserError(f"SCORER_FP8 computes in bfloat16, SCORER_DTYPE asks for {dtype}: set one of them")
+    if deterministic:
+        raise UserError("SCORER_FP8 and SCORER_DETERMINISTIC exclude each other: set one of them")
 
 
 def use_fp8(backbone: nn.Module) -> None:

@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from alignment.errors import UserError
-from alignment.scoring.checkpoint import copy_tensors, first_line, resolve_folder
+from alignment.errors import UserError, first_line
+from alignment.model_folder import resolve_folder
+from alignment.scoring.checkpoint import copy_tensors
 
 EPSILON = 1e-8  # beside the standard deviation, as in Safe-RLHF's normalizers
 SCORE_TYPES = ("reward", "cost", "critic")

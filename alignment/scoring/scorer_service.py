@@ -15,7 +15,6 @@ back), and a missing score has a reason in `errors`. The port is taken before th
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -23,13 +22,16 @@ import secrets
 import signal
 import socket
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
 
 import uvicorn
 
+from alignment.config import script_parser
 from alignment.errors import UserError, run_main
+from alignment.scoring.calibration import Calibration
 from alignment.scoring.discovery import Publication, address_path, own_address, remove_stale
 from alignment.scoring.http_app import build_app
 from alignment.scoring.monitor import Minder, Monitor, access_log
@@ -124,8 +126,9 @@ class Server(uvicorn.Server):
 
 def main() -> int:
     """Serves until SIGTERM or Ctrl-C. 0 when stopped, 2 when something the user can mend is wrong, 1 for a broken GPU."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__, prog="scorer_service.py")
     parser.add_argument("--port", type=int, help="as PORT in the environment; 0 for any free one")
+    parser.epilog += f"\n\nenvironment:\n{environment_help()}"
     settings = read_settings(os.environ, parser.parse_args().port)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
 
@@ -148,6 +151,8 @@ def main() -> int:
         for warning in worker.warnings:
             log.warning("%s\n%s\n%s", "!" * 100, warning, "!" * 100)
         log.info("models loaded in %.1f s: %s", time.monotonic() - began, json.dumps(worker.scorer.identity()))
+        if fp8 := worker.scorer.identity().get("fp8"):
+            log.info("%s", Calibration(**fp8))
         announcements.ready(worker.scorer.identity())
         log.info("ready")
 
@@ -208,6 +213,18 @@ def main() -> int:
         sys.stdout.flush()
         os._exit(code)
     return code
+
+
+def environment_help() -> str:
+    """The variables, from the table in README.md, which is the one place that describes them."""
+    rows = (
+        (Path(__file__).parent / "README.md").read_text(encoding="utf-8").split("## Environment")[1].split("\n## ")[0]
+    )
+    cells = [[cell.strip() for cell in row.strip("|").replace("`", "").split(" | ")] for row in rows.splitlines()]
+    return "\n".join(
+        textwrap.fill(f"{name} ({default}): {meaning}", 100, initial_indent="  ", subsequent_indent="      ")
+        for name, default, meaning in (row for row in cells if len(row) == 3 and row[0].isupper())
+    )
 
 
 if __name__ == "__main__":

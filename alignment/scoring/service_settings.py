@@ -67,6 +67,8 @@ def read_settings(env: Mapping[str, str], port: int | None = None) -> Settings:
         "template": env.get("SCORER_TEMPLATE") or "pku",
         "deterministic": _switch(env, "SCORER_DETERMINISTIC"),
         "reference": bool(_switch(env, "SCORER_REFERENCE")),
+        "fp8": bool(_switch(env, "SCORER_FP8")),
+        "calibration": env.get("SCORER_CALIBRATION") or None,
     }
     return Settings(
         host=host,

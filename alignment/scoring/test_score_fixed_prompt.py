@@ -17,8 +17,9 @@ import numpy as np
 from alignment.config import load_config, setting
 from alignment.errors import UserError, run_main
 from alignment.objective import quadrant_labels
-from alignment.scoring.client import ScorerClient, Scores
+from alignment.scoring.client import ScorerClient
 from alignment.scoring.local_scorer import PROBE_BAD, PROBE_GOOD, PROBE_PROMPT, LocalScorer
+from alignment.scoring.scores import Scores
 
 TOLERANCE = 1e-3
 KIND, CRUEL = 0, 1
@@ -100,7 +101,7 @@ def card_lines(scorer: ScorerClient | LocalScorer) -> tuple[list[str], list[str]
 
 def main() -> int:
     """0 when all is well, 1 when the scores look wrong."""
-    config = load_config(Config, prog="test_score_fixed_prompt.py", description=__doc__.splitlines()[0])
+    config = load_config(Config, prog="test_score_fixed_prompt.py", description=__doc__)
     if config.scorer_url:
         scorer = ScorerClient(config.scorer_url)
     else:

@@ -183,17 +183,18 @@ class Worker(threading.Thread):
         monitor: Monitor,
         on_ready: Callable[[Worker], None],
         on_failure: Callable[[BaseException], None],
+        load: Callable[..., LocalScorer] = LocalScorer,
     ) -> None:
         super().__init__(name="scorer-worker", daemon=True)
         self.settings, self.jobs, self.monitor = settings, jobs, monitor
-        self.on_ready, self.on_failure = on_ready, on_failure
+        self.on_ready, self.on_failure, self.load = on_ready, on_failure, load
         self.scorer: LocalScorer | None = None  # set once loaded
         self.warnings: list[str] = []
         self._recent: OrderedDict[bytes, Score] = OrderedDict()
 
     def run(self) -> None:
         try:
-            scorer = LocalScorer(**self.settings.scorer)
+            scorer = self.load(**self.settings.scorer)
             if scorer.is_small_on_cpu() and "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(1)  # twice as fast as two for tiny models, and leaves the cores to the trainer
             self.warnings = [] if self.settings.probe_off else scorer.warnings(self.settings.probe)

@@ -1,0 +1,49 @@
+"""What every scorer gives, over HTTP (client.py) or in this process (local_scorer.py)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Scores:
+    """N scores in the order of the texts. A missing score is NaN, and `errors` says why."""
+
+    rewards: np.ndarray  # (N,) float64
+    costs: np.ndarray  # (N,) float64
+    errors: list[str | None]
+    truncated: list[bool]
+
+    @classmethod
+    def of(cls, rows) -> Scores:
+        """From N objects with reward, cost (None where missing), error and truncated."""
+        return cls(
+            np.array([math.nan if row.reward is None else row.reward for row in rows], dtype=np.float64),
+            np.array([math.nan if row.cost is None else row.cost for row in rows], dtype=np.float64),
+            [row.error for row in rows],
+            [row.truncated for row in rows],
+        )
+
+    @classmethod
+    def joined(cls, parts: list[Scores]) -> Scores:
+        """The parts one after the other."""
+        return cls(
+            np.concatenate([part.rewards for part in parts] or [np.empty(0)]),
+            np.concatenate([part.costs for part in parts] or [np.empty(0)]),
+            [error for part in parts for error in part.errors],
+            [truncated for part in parts for truncated in part.truncated],
+        )
+
+
+class Scorer(Protocol):
+    """ScorerClient and LocalScorer."""
+
+    def identity(self) -> dict:
+        """What decides a score: models, weights, dtype, template, settings."""
+
+    def score(self, prompts: list[str], responses: list[str], finished: list[bool] | None = None) -> Scores:
+        """Scores of N responses, in order. `finished` says which end with EOS; all do by default."""
