@@ -13,7 +13,6 @@ tokens). The last line is JSON.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from alignment.config import script_parser
 from alignment.ES.noise import noise
 from alignment.ES.weights import KernelWeights, MasterWeights
 
@@ -221,9 +221,9 @@ def shapes_of(config: LlamaConfig) -> dict[str, torch.Size]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--layers", type=int, default=32, help="of the 7B model")
-    parser.add_argument("--members", type=int, default=4)
+    parser.add_argument("--members", type=int, default=4, help="members that are measured")
     parser.add_argument("--lengths", help="CSV of prompt and response lengths; default 64 x (45, 255)")
     parser.add_argument("--vllm", action="store_true", help="generation as well")
     parser.add_argument("--no_passes", action="store_true", help="leave the passes out")

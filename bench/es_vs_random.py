@@ -12,13 +12,12 @@ not the best one, so that nothing is chosen on held-out prompts. The last line i
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from alignment.config import read_yaml_mapping
+from alignment.config import read_yaml_mapping, script_parser
 from alignment.demo.run import SETTINGS, scorer_service
 from alignment.ES.weights import MasterWeights
 from alignment.evaluation.held_out import score_held_out
@@ -61,10 +60,10 @@ def best_random_member(models: Path, url: str, run: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = script_parser(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="runs of each method")
     parser.add_argument("--models", type=Path, default=Path("alignment/outputs/demo/models"), help="made by make demo")
-    parser.add_argument("--output", type=Path, default=Path("alignment/outputs/bench_es_vs_random"))
+    parser.add_argument("--output", type=Path, default=Path("alignment/outputs/bench_es_vs_random"), help="folder")
     options = parser.parse_args()
     table = []
     with scorer_service(options.models, options.output) as url:

@@ -16,6 +16,8 @@ import os
 import shlex
 import signal
 import sys
+from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 
 from alignment.config import as_yaml, load_config
@@ -29,13 +31,7 @@ EXIT_STOPPED = 128  # plus the signal's number, as shells do
 
 
 def main() -> int:
-    settings = load_config(
-        ESSettings,
-        prog="es-fine-tuning_alignment_accl_api.py",
-        description="Aligns a policy with Evolution Strategies: max E[R] - lambda E[C] subject to E[C] <= 0.",
-        epilog="example: es-fine-tuning_alignment_accl_api.py --config alignment/ES/es_alignment.yaml "
-        "--policy_model_path models/alpaca-7b --scorer_url http://node12:8000 --experiment_dir runs/es1",
-    )
+    settings = load_config(ESSettings, prog="es-fine-tuning_alignment_accl_api.py", description=__doc__)
     if settings.cuda_devices and not os.environ.get("CUDA_VISIBLE_DEVICES"):
         os.environ["CUDA_VISIBLE_DEVICES"] = settings.cuda_devices
 
@@ -46,14 +42,15 @@ def main() -> int:
     if begun and not settings.resume:
         raise UserError(f"{folder} holds a run already: give another --experiment_dir, or leave out --resume false")
 
+    if settings.engine == "vllm" and find_spec("vllm") is None:
+        raise UserError("engine: vllm needs the environment of requirements-cluster.txt; this one has no vLLM")
+
     if settings.num_engines and settings.num_engines > 1 and "WORLD_SIZE" not in os.environ:
         return launch(settings.num_engines, sys.argv)
 
     # torch and the models only now, so that a mistake in the settings is told at once.
-    import torch
-
+    from alignment.ES.policy_engine import open_engine
     from alignment.ES.trainer import ESTrainer
-    from alignment.generation import TransformersEngine
     from alignment.runs import StopSignal, write_run_files
     from alignment.scoring.client import ScorerClient
 
@@ -62,25 +59,19 @@ def main() -> int:
         raise UserError(f"num_engines is {settings.num_engines}, but {processes.world_size} processes were launched")
     scorer = ScorerClient(settings.scorer_url, batch_size=settings.scorer_batch_size, max_wait=settings.scorer_max_wait)
     scorer.wait_until_ready()
-    engine = TransformersEngine(
-        settings.policy_model_path,
-        template=settings.policy_template,
-        device=f"cuda:{processes.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu",
-        dtype=settings.dtype,
-        first_turn_only=settings.first_turn_only,
-        batch_size=settings.generation_batch_size,
-    )
-    trainer = ESTrainer(settings, engine, scorer, train, held_out, folder, processes)
-    if not begun and processes.is_main:
-        write_run_files(folder, as_yaml(settings), {"base_weights": trainer.base_hash, "scorer": scorer.identity()})
-    with StopSignal() as stop:
-        try:
-            finished = trainer.run(stop)
-        except UserError:  # every process knows it; one says it
-            if processes.is_main:
-                raise
-            return EXIT_USER_ERROR
-        processes.close()
+    prompts = [row[settings.prompt_key] for row in (*train, *held_out)]
+    with closing(open_engine(settings, prompts, processes)) as engine:
+        trainer = ESTrainer(settings, engine, scorer, train, held_out, folder, processes)
+        if not begun and processes.is_main:
+            write_run_files(folder, as_yaml(settings), {"base_weights": trainer.base_hash, "scorer": scorer.identity()})
+        with StopSignal() as stop:
+            try:
+                finished = trainer.run(stop)
+            except UserError:  # every process knows it; one says it
+                if processes.is_main:
+                    raise
+                return EXIT_USER_ERROR
+    processes.close()
     if finished:
         if processes.is_main:
             print(

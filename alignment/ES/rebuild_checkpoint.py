@@ -4,13 +4,15 @@
         --policy_model_path BASE --output rebuilt/
 
 The result is the checkpoint that the run itself saved after that many steps, bit for bit: Hugging Face layout, float32,
-with the tokenizer. A journal that was begun from other base weights is refused.
+with the tokenizer. A journal that was begun from other base weights is refused. The steps of a low-rank run are matrix
+products, whose last bits are those of a kind of device: give the one that the run had with --device.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from alignment.config import load_config, setting
 from alignment.errors import UserError, run_main
@@ -24,6 +26,7 @@ class RebuildSettings:
     iteration: int | None = setting(None, "how many steps to take; default: all that the journal has", minimum=0)
     policy_model_path: str = setting("", "the base policy that the run began from")
     output: str = setting("", "folder for the rebuilt model")
+    device: Literal["cpu", "cuda"] = setting("cpu", "where steps are computed; decides the last bits of a low-rank run")
 
     def __post_init__(self) -> None:
         for name in ("journal", "policy_model_path", "output"):
@@ -32,17 +35,11 @@ class RebuildSettings:
 
 
 def main() -> None:
-    settings = load_config(
-        RebuildSettings,
-        prog="rebuild_checkpoint.py",
-        description="Rebuilds the weights of any iteration of an ES run from base weights and journal.",
-        epilog="example: rebuild_checkpoint.py --journal runs/es1/journal.jsonl --iteration 120 "
-        "--policy_model_path models/alpaca-7b --output rebuilt/es1-120",
-    )
+    settings = load_config(RebuildSettings, prog="rebuild_checkpoint.py", description=__doc__)
     from alignment.ES.replay import replay
     from alignment.generation import TransformersEngine
 
-    engine = TransformersEngine(settings.policy_model_path, dtype="float32")
+    engine = TransformersEngine(settings.policy_model_path, dtype="float32", device=settings.device)
     weights, steps = replay(engine, settings.policy_model_path, Path(settings.journal), settings.iteration)
     lambda_state = steps[-1]["lambda_state"] if steps else None
     with atomic_directory(settings.output) as folder:

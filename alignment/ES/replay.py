@@ -14,7 +14,7 @@ def replay(engine: Engine, base: str, path: Path, iteration: int | None = None) 
     """The weights after `iteration` steps (default: all) of the journal at `path`, and the rows of those steps.
 
     `engine` holds the base policy from the folder `base`; it gets the weights, rounded to its dtype. Raises UserError when
-    the journal is shorter, was begun from other weights, or is one of a run that drifts.
+    the journal is shorter, was begun from other weights, or is one of a run that drifts. Says so when bits may differ.
     """
     start, steps = read_journal(path)
     settings = start["settings"]
@@ -30,6 +30,10 @@ def replay(engine: Engine, base: str, path: Path, iteration: int | None = None) 
         raise UserError(
             f"{base} does not hold the base weights that {path} was begun from "
             f"({found[:12]}, not {start['base_weights'][:12]})"
+        )
+    if settings.get("perturbation") == "low_rank" and settings["device"] != engine.device.type:
+        print(
+            f"note: the run's steps were computed on {settings['device']}; on {engine.device.type} the last bits may differ"
         )
     for step in steps[:iteration]:
         weights.step(step["seeds"], step["coefficients"])

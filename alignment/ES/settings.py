@@ -23,6 +23,9 @@ _FREE |= {
 }
 _FREE |= {"num_engines", "cuda_devices", "master_device", "wandb_project", "wandb_run_name", "verbose"}
 
+_LOW_RANK = {"perturbation", "rank", "members_at_once"}
+_VLLM = {"engine", "max_num_seqs"}
+
 
 @dataclass
 class ESSettings:
@@ -51,6 +54,17 @@ class ESSettings:
     )
     trainable: str | None = setting(None, "regular expression: only parameters whose name it finds are searched")
     lora_rank: int | None = setting(None, "search the weights of LoRA adapters of this rank only", minimum=1)
+    perturbation: Literal["full_rank", "low_rank"] = setting(
+        "full_rank",
+        "low_rank: members differ by a low-rank matrix a linear layer and are generated in one batch (EGGROLL)",
+    )
+    rank: int = setting(1, "rank of a member's matrices with perturbation: low_rank", minimum=1)
+    members_at_once: int | None = setting(
+        None,
+        "low_rank: members generated together; default: what suits the engine. It decides how a run is dealt out: "
+        "with n processes there should be n groups of members or more",
+        minimum=1,
+    )
     shuffle_fitness: bool = setting(False, "control: hand the fitnesses to the wrong members; nothing should be learnt")
 
     max_new_tokens: int = setting(512, "longest response in tokens", minimum=1)
@@ -58,7 +72,9 @@ class ESSettings:
         "pku", "conversation template of the policy: pku, alpaca, chat, or text with {prompt}"
     )
     first_turn_only: bool = setting(True, "cut responses where the model begins the user's next turn")
-    generation_batch_size: int = setting(64, "prompts generated at once", minimum=1)
+    engine: Literal["transformers", "vllm"] = setting("transformers", "what generates; vllm: GPU clusters")
+    generation_batch_size: int = setting(64, "transformers: prompts generated at once", minimum=1)
+    max_num_seqs: int | None = setting(None, "vllm: prompts generated at once, default 384", minimum=1)
     scorer_batch_size: int = setting(32, "texts a request", minimum=1)
     scorer_max_wait: float = setting(
         600.0, "seconds to wait for a scorer that is away before the run stops", minimum=0.0
@@ -111,6 +127,15 @@ class ESSettings:
             raise UserError(f"antithetic needs an even population_size, got {self.population_size}")
         if self.trainable is not None and self.lora_rank is not None:
             raise UserError("trainable and lora_rank: give one of them")
+        if self.perturbation == "low_rank" and (self.lora_rank is not None or self.noise == "reference"):
+            other = "lora_rank" if self.lora_rank is not None else "noise: reference"
+            raise UserError(f"perturbation: low_rank and {other}: give one of them")
+        if self.perturbation == "full_rank" and (self.rank != 1 or self.members_at_once is not None):
+            raise UserError("rank and members_at_once belong to perturbation: low_rank; give that as well")
+        if self.engine == "vllm" and self.lora_rank is not None:
+            raise UserError("engine: vllm does not search LoRA adapters (lora_rank); use engine: transformers")
+        if self.engine != "vllm" and self.max_num_seqs is not None:
+            raise UserError("max_num_seqs belongs to engine: vllm; with transformers it is generation_batch_size")
         if self.trainable is not None:
             try:
                 re.compile(self.trainable)
@@ -119,4 +144,6 @@ class ESSettings:
 
     def deciding(self) -> dict:
         """The settings that decide the weights; the journal holds them, and going on with others is refused."""
-        return {name: value for name, value in vars(self).items() if name not in _FREE}
+        free = _FREE | (set() if self.perturbation == "low_rank" else _LOW_RANK)
+        free |= {"generation_batch_size"} if self.engine == "vllm" else _VLLM
+        return {name: value for name, value in vars(self).items() if name not in free}

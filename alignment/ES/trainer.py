@@ -12,14 +12,19 @@ untouched float32 master (weights.py), so nothing drifts; a prompt whose score i
 (published: zeros); every step is in a journal (journal.py) before the run goes on, so a killed run resumes to the same
 weights, and a member that was scored is never scored again. Scoring of a member runs while the next one generates.
 
-With several processes each has a policy and evaluates its share of the members; scores are exchanged, and all take the same
-step from them, so no weight travels. The main process writes the files.
+With `perturbation: low_rank` (low_rank.py) eps is low-rank, and members are generated in groups that share batches. Which
+members a group has depends on their numbers alone, and a group is always generated whole, members that were scored before a
+kill as well: an answer has the same batch mates, and the same rounding, however the run was stopped or dealt out.
+
+With several processes each has a policy and evaluates its share of the groups (with full rank: of the members); scores are
+exchanged, and all take the same step from them, so no weight travels. The main process writes the files.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -78,6 +83,10 @@ class ESTrainer:
             safe_first_factor=settings.safe_first_factor,
         )
         self.multiplier = LagrangeMultiplier.from_settings(settings)
+        self.low_rank = settings.perturbation == "low_rank"
+        self.at_once = (settings.members_at_once or engine.members_at_once) if self.low_rank else 1
+        members = (UNPERTURBED, *range(settings.population_size))
+        self.groups = [members[begin : begin + self.at_once] for begin in range(0, len(members), self.at_once)]
 
     # ---- the run ----
 
@@ -89,6 +98,11 @@ class ESTrainer:
                 "the processes loaded different base weights: the same --policy_model_path must mean the same files"
             )
         self.steps = self.processes.on_main(self._open_files)
+        if len(self.groups) < self.processes.world_size and self.is_main:
+            print(
+                f"warning: {self.processes.world_size} processes share {len(self.groups)} groups of {self.at_once} members: "
+                "some have nothing to do; give a smaller --members_at_once"
+            )
         self.members_file = MembersFile(self.folder, self.processes.rank)
         self._restore()
         bar = progress_bar(
@@ -120,6 +134,8 @@ class ESTrainer:
             "train_prompts": text_hash(self.train_prompts),
             "scorer": self.scorer.identity(),
         }
+        if self.low_rank:
+            deciding["members_at_once"] = self.at_once
         self.journal = Journal(self.folder, self.base_hash, deciding)
         if self.journal.dropped_tail:
             print("the journal's last row was not written to its end and is dropped: that step is done again")
@@ -150,6 +166,7 @@ class ESTrainer:
                 break
         for step in self.steps[begin:]:
             self.weights.step(step["seeds"], step["coefficients"])
+        self.weights.restore()
         self.multiplier.load_state_dict(self.steps[-1]["lambda_state"])
         if self.is_main:
             replayed = len(self.steps) - begin
@@ -185,9 +202,9 @@ class ESTrainer:
         rows = iteration_prompts(len(self.train_prompts), s.batch_size, s.global_seed, t)
         prompts = [self.train_prompts[row] for row in rows]
         done = self.processes.on_main(lambda: finished_members(self.folder, t))
-        todo = [member for member in (UNPERTURBED, *range(s.population_size)) if member not in done]
+        todo = [group for group in self.groups if not done.keys() >= set(group)]
         own, seconds, stopped, error = self._evaluate_members(
-            t, todo[self.processes.rank :: self.processes.world_size], prompts
+            t, todo[self.processes.rank :: self.processes.world_size], prompts, done.keys()
         )
         everyones = self.processes.gather((own, seconds, stopped, error))
         for rows, _, _, _ in everyones:
@@ -211,39 +228,71 @@ class ESTrainer:
         return True
 
     def _evaluate_members(
-        self, t: int, members: list[int], prompts: list[str]
+        self, t: int, groups: list[tuple[int, ...]], prompts: list[str], finished: Set[int]
     ) -> tuple[dict[int, dict], dict[str, float], bool, str | None]:
-        """This process's share: scored rows by member, seconds, whether a signal ended it early, an error's text."""
-        s = self.settings
-        done: dict[int, dict] = {}
+        """This process's share but what is `finished`: scored rows by member, seconds, whether a signal ended it early, an
+        error's text.
+        """
+        own: dict[int, dict] = {}
         seconds = {"perturb": 0.0, "generate": 0.0, "wait_for_scores": 0.0}
         pending: list[tuple[int, Future]] = []
+
+        def score(member: int, answers: list[Generation]) -> None:
+            if member not in finished:
+                pending.append((member, self.pool.submit(self._score_member, t, member, prompts, answers)))
+            # What failed is raised once the engine has ended the group.
+            while pending and pending[0][1].done() and pending[0][1].exception() is None:
+                self._keep(own, *pending.pop(0))
+
         try:
-            for member in members:
+            for group in groups:
                 if self._stopping():
                     break
-                self.bar.set_description(f"ES member {member + 1}/{s.population_size}")
-                before = time.perf_counter()
-                if member == UNPERTURBED:
-                    self.weights.restore()
-                else:
-                    self.weights.perturb(*self._direction(t, member))
-                between = time.perf_counter()
-                answers = self.engine.generate(prompts, s.max_new_tokens)
-                seconds["perturb"] += between - before
-                seconds["generate"] += time.perf_counter() - between
-                pending.append((member, self.pool.submit(self._score_member, t, member, prompts, answers)))
+                self._generate(t, group, prompts, score, seconds)
                 while pending and pending[0][1].done():
-                    self._keep(done, *pending.pop(0))
+                    self._keep(own, *pending.pop(0))
             waiting = time.perf_counter()
-            for member, future in pending:
-                self._keep(done, member, future)
+            while pending:
+                self._keep(own, *pending.pop(0))
             seconds["wait_for_scores"] = time.perf_counter() - waiting
         except _StoppedWaiting:
             pass
         except UserError as error:  # all processes end together, each with its finished members saved
-            return done, seconds, False, str(error)
-        return done, seconds, len(done) < len(members), None
+            return own, seconds, False, str(error)
+        finally:
+            for _, future in pending:
+                future.cancel()
+        wanted = {member for group in groups for member in group} - finished
+        return own, seconds, own.keys() < wanted, None
+
+    def _generate(
+        self,
+        t: int,
+        group: tuple[int, ...],
+        prompts: list[str],
+        on_answers: Callable[[int, list[Generation]], None],
+        seconds: dict[str, float],
+    ) -> None:
+        """The answers of each member of `group`, handed to `on_answers(member, answers)`; adds to `seconds`."""
+        s = self.settings
+        last = "" if len(group) == 1 else f"-{group[-1] + 1}"
+        self.bar.set_description(f"ES member {group[0] + 1}{last}/{s.population_size}")
+        before = time.perf_counter()
+        if self.low_rank:  # the engine holds theta: the step and _restore put it there
+            members = [{} if m == UNPERTURBED else self.weights.member(*self._direction(t, m)) for m in group]
+        elif group[0] == UNPERTURBED:
+            self.weights.restore()
+        else:
+            self.weights.perturb(*self._direction(t, group[0]))
+        between = time.perf_counter()
+        if self.low_rank:
+            self.engine.generate_members(
+                prompts, s.max_new_tokens, members, lambda number, answers: on_answers(group[number], answers)
+            )
+        else:
+            on_answers(group[0], self.engine.generate(prompts, s.max_new_tokens))
+        seconds["perturb"] += between - before
+        seconds["generate"] += time.perf_counter() - between
 
     def _direction(self, t: int, member: int) -> tuple[int, float]:
         """The seed of a member's noise and its signed scale."""
@@ -411,6 +460,7 @@ class ESTrainer:
             "score is no guarantee of safety. The licences of the base model, of the score models and of the prompts apply.\n\n"
             f"| | |\n|---|---|\n| base weights | SHA-256 {self.base_hash} |\n"
             f"| sigma, alpha, members, prompts a step | {s.sigma}, {s.alpha}, {s.population_size}, {s.batch_size} |\n"
+            f"| perturbation | {s.perturbation}{f', rank {s.rank}' if self.low_rank else ''} |\n"
             f"| lambda | {self.multiplier.value:.4f} |\n| conversation template | {s.policy_template} |\n"
             f"| scorer | {to_json(identity)} |\n| weights | float32; journal.jsonl of the run rebuilds them |\n"
         )

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from alignment.errors import UserError
 from alignment.ES.noise import noise
 from alignment.generation import Engine
-from alignment.scoring.checkpoint import resolve_folder
+from alignment.model_folder import resolve_folder
 
 try:
     # Not called kernels.py: a script's folder comes first on Python's path, and transformers imports a package `kernels`.
@@ -105,9 +105,12 @@ class MasterWeights:
         """
         total = 0
         for _, tensor in sorted(self.master.items()):
-            bits = tensor.contiguous().view(torch.int32).flatten().long()
-            places = torch.arange(len(bits), device=bits.device) % 65521 + 1
-            total = (total * 31 + int((bits * places).sum())) % 2**64
+            own, start = 0, 0
+            for bits in tensor.contiguous().view(torch.int32).flatten().split(2**24):  # in pieces: a GPU is nearly full
+                places = torch.arange(start, start + len(bits), device=bits.device) % 65521 + 1
+                own += int((bits.long() * places).sum())
+                start += len(bits)
+            total = (total * 31 + own) % 2**64
         return total
 
 
@@ -187,25 +190,35 @@ def open_weights(engine: Engine, settings: dict) -> MasterWeights:
     if settings["lora_rank"] is not None:
         engine.add_lora(settings["lora_rank"], settings["global_seed"])
     parameters = engine.weights(settings["trainable"])
+    if settings.get("perturbation") == "low_rank":
+        from alignment.ES.low_rank import open_low_rank  # it builds on this module
+
+        return open_low_rank(engine, settings, list(parameters))
     if settings["noise"] == "reference":
         return ReferenceWeights(parameters)
-    base = None if settings["lora_rank"] is not None else checkpoint_weights(settings["policy_model_path"], parameters)
-    if engine.device.type == "cuda" and kernels is not None:
-        base = base or {name: tensor.detach().float() for name, tensor in parameters.items()}
-        place = engine.device if settings["master_device"] == "auto" else torch.device(settings["master_device"])
-        return KernelWeights(parameters, base, place)
-    return MasterWeights(parameters, base)
+    on_gpu = engine.device.type == "cuda" and kernels is not None
+    place = engine.device if on_gpu and settings["master_device"] == "auto" else torch.device("cpu")
+    if settings["lora_rank"] is None:
+        base = checkpoint_weights(settings["policy_model_path"], parameters, place)
+    else:
+        base = {name: tensor.detach().float().to(place, copy=True) for name, tensor in parameters.items()}
+    return KernelWeights(parameters, base, place) if on_gpu else MasterWeights(parameters, base)
 
 
-def checkpoint_weights(model_path: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The parameters `names` of a checkpoint in float32 on the CPU, tied ones under the name that is asked for."""
+def checkpoint_weights(
+    model_path: str, names: Iterable[str], device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """The parameters `names` of a checkpoint in float32 on `device`, tied ones under the name that is asked for.
+
+    Sharded or single safetensors are read a tensor at a time, so that a master on a GPU needs no copy in main memory.
+    """
     found = {}
     wanted = set(names)
     for path in sorted(resolve_folder(model_path).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in wanted.intersection(file.keys()):
-                found[name] = file.get_tensor(name).float()
+                found[name] = file.get_tensor(name).to(device).float()
     if found.keys() != wanted:  # another layout: let transformers read it
         model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-        found = {name: parameter.data for name, parameter in model.named_parameters() if name in wanted}
+        found = {name: parameter.data.to(device) for name, parameter in model.named_parameters() if name in wanted}
     return {name: found[name] for name in names}

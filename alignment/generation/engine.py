@@ -8,14 +8,16 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 
-from alignment.conversation import get_template, load_tokenizer
+from alignment.conversation import Template, get_template, load_tokenizer
 from alignment.errors import UserError
+from alignment.generation.members import LowRank
 from alignment.progress import progress_bar
 
 _CONTEXT_TOKENS = 8  # enough for a decoder to see that a response stands in the middle of a text
@@ -47,6 +49,7 @@ class Engine(ABC):
     device: torch.device
     end_ids: list[int]
     context: int | None  # longest prompt and answer together, in tokens; None when the model has no limit
+    members_at_once: int  # how many members one call of `generate_members` should get
 
     def __init__(self, model_path: str | Path, template: str, first_turn_only: bool, batch_size: int):
         self.tokenizer = load_tokenizer(model_path)
@@ -65,6 +68,28 @@ class Engine(ABC):
     @abstractmethod
     def _answer(self, batch: dict[int, list[int]], max_new_tokens: int, sampling: Sampling) -> dict[int, Generation]:
         """Answers to a batch of encoded prompts, by index."""
+
+    @abstractmethod
+    def linear_weights(self) -> list[str]:
+        """Names of the matrices that linear layers compute with (members.linear_weights): what members are perturbed in."""
+
+    @abstractmethod
+    def generate_members(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        members: Sequence[dict[str, LowRank]],
+        on_answers: Callable[[int, list[Generation]], None],
+    ) -> None:
+        """Greedy answers of many members to the same `prompts`; all share the engine's weights, which stay as they are.
+
+        Each member is what it adds to the weights, by Hugging Face parameter name; {} is the engine's own policy.
+        `on_answers(index, answers)` gets a member's answers, in the order of the prompts, as soon as it has them all;
+        members come in any order. Raises UserError as `generate` does.
+        """
+
+    def close(self) -> None:  # noqa: B027 (most engines have nothing to do)
+        """Gives back what would outlive the object. The engine is not used after it."""
 
     def weights(self, pattern: str | None = None) -> dict[str, torch.Tensor]:
         """`parameters`, with a regular expression only those whose name it finds (UserError when there is none)."""
@@ -132,13 +157,19 @@ class Engine(ABC):
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _batches(self, prompts: Sequence[str], max_new_tokens: int) -> list[dict[int, list[int]]]:
-        """Batches of {index: ids}. Neighbours of similar length share one: little padding, by a rule of the prompts alone."""
+    def _batches(
+        self, prompts: Sequence[str], max_new_tokens: int, size: int | None = None
+    ) -> list[dict[int, list[int]]]:
+        """Batches of {index: ids}, of `size` or batch_size prompts.
+
+        Neighbours of similar length share one: little padding, by a rule of the prompts alone.
+        """
+        size = size or self.batch_size
         encoded = [self.template.encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         self._check_room(encoded, max_new_tokens)
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-        starts = range(0, len(order), self.batch_size)
-        return [{index: encoded[index] for index in order[start : start + self.batch_size]} for start in starts]
+        starts = range(0, len(order), size)
+        return [{index: encoded[index] for index in order[start : start + size]} for start in starts]
 
     def _check_room(self, encoded: list[list[int]], max_new_tokens: int) -> None:
         for index, ids in enumerate(encoded):
@@ -149,12 +180,20 @@ class Engine(ABC):
                 )
 
 
-def end_ids_of(generation_config: object, tokenizer: object) -> list[int]:
-    """Every id that ends a sequence: the generation config's (one or several) and the tokenizer's."""
-    configured = getattr(generation_config, "eos_token_id", None)
-    ids = [configured] if isinstance(configured, int) else list(configured or [])
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
-        ids.append(tokenizer.eos_token_id)
-    if not ids:
-        raise UserError("neither the policy's generation config nor its tokenizer names an end-of-sequence token")
-    return ids
+def complete(config: GenerationConfig, tokenizer: object, template: Template) -> GenerationConfig:
+    """A folder's generation config with all end tokens in `eos_token_id`, so that a saved policy ends where this one does:
+    its own (one or several), the tokenizer's and the chat template's.
+
+    Raises UserError when it could not be saved.
+    """
+    ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
+    config.eos_token_id = list(dict.fromkeys([*ends, tokenizer.eos_token_id, *template.stops]))
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True  # a temperature without it (Vicuna's): transformers loads that but does not save it
+        try:
+            config.validate(strict=True)
+        except ValueError as error:
+            raise UserError(f"generation_config.json: {' '.join(str(error).split())}") from error
+    return config

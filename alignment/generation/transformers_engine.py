@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from alignment.errors import UserError
-from alignment.generation.engine import Engine, Generation, Sampling, end_ids_of
+from alignment.generation.engine import Engine, Generation, Sampling, complete
+from alignment.generation.members import LowRank, MembersInBatch, linear_weights
+
+MEMBERS_AT_ONCE = 8  # enough to share the product with the weights, few enough that several processes get a group
 
 
 class TransformersEngine(Engine):
@@ -40,8 +43,10 @@ class TransformersEngine(Engine):
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"cannot load the policy {model_path}: {' '.join(str(error).split())}") from error
         self.model.to(self.device).eval()
-        self.context = getattr(self.model.config, "max_position_embeddings", None)
-        self.end_ids = end_ids_of(self.model.generation_config, self.tokenizer)
+        self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.members_at_once = min(MEMBERS_AT_ONCE, batch_size)
+        self.model.generation_config = complete(self.model.generation_config, self.tokenizer, self.template)
+        self.end_ids = self.model.generation_config.eos_token_id
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_ids[0]
 
     def add_lora(self, rank: int, seed: int) -> None:
@@ -58,13 +63,47 @@ class TransformersEngine(Engine):
         named = self.model.named_parameters()
         return {name: parameter.data for name, parameter in named if not adapted or "lora_" in name}
 
-    @torch.inference_mode()
+    def linear_weights(self) -> list[str]:
+        return linear_weights(self.model)
+
+    def generate_members(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        members: Sequence[dict[str, LowRank]],
+        on_answers: Callable[[int, list[Generation]], None],
+    ) -> None:
+        """A batch is some prompts, similar in length, for all members: batch_size rows, or one prompt's when they are more.
+
+        So it depends on nothing but the prompts and the number of members; all of them are complete at the end.
+        """
+        answers: list[dict[int, Generation]] = [{} for _ in members]
+        with MembersInBatch(self.model, members) as in_batch:
+            for batch in self._batches(prompts, max_new_tokens, max(1, self.batch_size // len(members))):
+                sequences = list(batch.values()) * len(members)  # member 0's rows, member 1's, ...
+                in_batch.rows = len(sequences)
+                tokens = self._generate(sequences, max_new_tokens, Sampling())
+                for number, own in enumerate(answers):
+                    rows = tokens[number * len(batch) : (number + 1) * len(batch)]
+                    own |= self._read_all(batch, rows)
+        for number, own in enumerate(answers):
+            on_answers(number, [own[index] for index in range(len(prompts))])
+
     def _answer(self, batch: dict[int, list[int]], max_new_tokens: int, sampling: Sampling) -> dict[int, Generation]:
-        ids, mask = self._pad_left(list(batch.values()))  # (B, T) each
-        choice = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return self._read_all(batch, self._generate(list(batch.values()), max_new_tokens, sampling))
+
+    def _read_all(self, batch: dict[int, list[int]], tokens: list[list[int]]) -> dict[int, Generation]:
+        return {index: self.read(prompt, new) for (index, prompt), new in zip(batch.items(), tokens, strict=True)}
+
+    @torch.inference_mode()
+    def _generate(self, sequences: list[list[int]], max_new_tokens: int, sampling: Sampling) -> list[list[int]]:
+        """The tokens that follow each sequence, with what stands behind their end."""
+        ids, mask = self._pad_left(sequences)  # (B, T) each
+        choice = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None}
+        choice |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}  # the folder's own would bend greedy decoding
         if sampling.temperature > 0:
             torch.manual_seed(sampling.seed)
-            choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            choice |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         output = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -73,8 +112,7 @@ class TransformersEngine(Engine):
             pad_token_id=self.pad_id,
             **choice,
         )
-        new = output[:, ids.shape[1] :].tolist()
-        return {index: self.read(prompt, tokens) for (index, prompt), tokens in zip(batch.items(), new, strict=True)}
+        return output[:, ids.shape[1] :].tolist()
 
     @torch.inference_mode()
     def mean_log_probs(self, prompts: Sequence[str], responses: Sequence[str], finished: Sequence[bool]) -> np.ndarray:
@@ -85,7 +123,8 @@ class TransformersEngine(Engine):
         encoded = []
         for prompt, response, done in zip(prompts, responses, finished, strict=True):
             one = self.template.encode_conversation(self.tokenizer, prompt, response, finished=done)
-            encoded.append((one.ids, one.prompt_length))
+            # A chat template may go on behind the token that ends an answer; no policy generates that.
+            encoded.append((one.ids[: len(one.ids) - max(0, one.closing - 1)], one.prompt_length))
         result = np.full(len(encoded), np.nan)
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index][0]))
         for begin in range(0, len(order), self.batch_size):
