@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import textwrap
 import types
 import typing
 from pathlib import Path
@@ -23,6 +24,8 @@ from alignment.errors import UserError
 
 Config = TypeVar("Config")
 _NONE_WORDS = ("none", "null", "")
+_HELP_WIDTH = 100
+_KINDS = {str: "TEXT", int: "INTEGER", float: "NUMBER"}
 
 
 def setting(default: Any, help: str, *, choices: tuple | None = None, minimum=None, maximum=None, aliases=()) -> Any:
@@ -33,16 +36,20 @@ def setting(default: Any, help: str, *, choices: tuple | None = None, minimum=No
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def load_config(cls: type[Config], argv: list[str] | None = None, *, prog: str, description: str, epilog="") -> Config:
+def load_config(cls: type[Config], argv: list[str] | None = None, *, prog: str, description: str) -> Config:
     """Parses `argv` (default: the process's own) into an instance of the dataclass `cls`.
 
     Flags are `--snake_case`, `--kebab-case` is taken as well; booleans are `--flag`, `--flag true|false` or `--no_flag`.
+    `description` is the script's docstring; `--help` shows its first paragraph, and as examples its indented commands.
     Raises UserError for anything that does not fit.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     kinds = typing.get_type_hints(cls)
-    parser = _Parser(
-        prog=prog, description=description, epilog=epilog, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    parser = script_parser(
+        description,
+        prog=prog,
+        usage=f"{prog} [--config FILE] [--SETTING VALUE ...]",
+        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win over it")
     for name, field in fields.items():
@@ -96,6 +103,30 @@ def as_yaml(config: Any) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
+def script_parser(docstring: str, **options: Any) -> _Parser:
+    """A parser whose `--help` shows the script's docstring: its first paragraph, and its indented commands as examples."""
+    paragraphs = [text.strip("\n") for text in docstring.split("\n\n")]
+    commands = [text for text in paragraphs if text.startswith("    ")]
+    return _Parser(
+        description=textwrap.fill(paragraphs[0], _HELP_WIDTH),
+        epilog=f"example:\n{commands[0]}" if commands else "",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+        **options,
+    )
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Wide enough for a setting's name, its values and its text on one line or two; tells defaults."""
+
+    def __init__(self, prog: str, **options: Any):
+        super().__init__(prog, max_help_position=32, width=_HELP_WIDTH)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = action.help and action.default not in (None, False, argparse.SUPPRESS)
+        return f"{action.help} (default: %(default)s)" if told else action.help
+
+
 class _StrictLoader(yaml.SafeLoader):
     """A SafeLoader that refuses a key written twice, which PyYAML would resolve silently to the last one."""
 
@@ -128,23 +159,25 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_flag(parser: _Parser, field: dataclasses.Field, kind: Any) -> None:
     names = [f"--{field.name}", *field.metadata.get("aliases", ())]
-    names += [kebab for name in names if (kebab := "--" + name[2:].replace("_", "-")) not in names]
+    kebabs = [kebab for name in names if (kebab := "--" + name[2:].replace("_", "-")) not in names]
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     text = field.metadata.get("help", "").replace("%", "%%")
     text += f" (default: {default})" if default not in (None, "", []) else ""
     inner = _without_none(kind)
     if inner is bool:
-        parser.add_argument(*names, dest=field.name, nargs="?", const=True, metavar="true|false", help=text)
+        form = {"nargs": "?", "const": True, "metavar": "true|false"}
         negative = dict.fromkeys((f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"))
         parser.add_argument(*negative, dest=field.name, action="store_false", help=argparse.SUPPRESS)
     elif typing.get_origin(inner) is list:
-        parser.add_argument(*names, dest=field.name, nargs="*", metavar="VALUE", help=text)
+        form = {"nargs": "*", "metavar": "VALUE"}
     else:
         choices = field.metadata.get("choices") or (
             typing.get_args(inner) if typing.get_origin(inner) is typing.Literal else None
         )
-        metavar = "|".join(map(str, choices)) if choices else getattr(inner, "__name__", "VALUE").upper()
-        parser.add_argument(*names, dest=field.name, metavar=metavar, help=text)
+        form = {"metavar": "|".join(map(str, choices)) if choices else _KINDS.get(inner, "VALUE")}
+    parser.add_argument(*names, dest=field.name, help=text, **form)
+    if kebabs:
+        parser.add_argument(*kebabs, dest=field.name, help=argparse.SUPPRESS, **form)
 
 
 def _without_none(kind: Any) -> Any:

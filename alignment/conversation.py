@@ -15,6 +15,11 @@ Where it departs from the published scripts (all of it comes back with `get_temp
   tokens such as `<pad>` and every piece between them gets its own leading space mark.
 A prompt that already is a whole rendered frame (it starts and ends as the template does) is taken as it stands, as the
 published service does; the border to the response is its end either way.
+
+"chat" is the tokenizer's own chat template. What it writes around an answer is read off a rendered conversation: what ends
+an answer (`<|im_end|>` and a line break, where ChatML is spoken) is appended in place of EOS, and the special tokens between
+an answer and the user's next words end what is generated, whatever the generation config says. The template writes BOS
+where the model wants it, so none is added, as in transformers' own `apply_chat_template(..., tokenize=True)`.
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ ALPACA = (
 PLACEHOLDER = "{prompt}"
 LONG_TEXT = 10_000  # characters
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
+_TURNS = ("Q1first", "A1answer", "Q2second")  # words that no chat template writes by itself
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class Encoded:
     ids: list[int]
     truncated: bool
     prompt_length: int
+    closing: int = 0  # how many of the ids stand behind a finished response
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,10 @@ class Template:
     name: str
     before: str
     after: str
-    next_turn: str  # what the next user turn begins with; "" when the model ends its own turn with EOS
+    next_turn: str  # what the next user turn begins with; "" when special tokens alone tell
     chat_tokenizer: Any = field(default=None, repr=False)  # set for "chat": its template is applied instead
+    closing: tuple[int, ...] = ()  # the ids behind a finished response; () means EOS
+    stops: tuple[int, ...] = ()  # special tokens that end the assistant's turn, beside the model's own
 
     def render(self, prompt: str) -> str:
         """The text up to where the response begins."""
@@ -67,9 +76,8 @@ class Template:
         return self.before + prompt + self.after
 
     def encode_prompt(self, tokenizer, prompt: str) -> list[int]:
-        """Ids up to where the response begins, with BOS when the tokenizer adds one and the text has none."""
-        text = self.render(prompt)
-        return self._start_ids(tokenizer, text) + encode_text(tokenizer, text)
+        """Ids up to where the response begins, with BOS when the tokenizer adds one (a chat template writes its own)."""
+        return self._start_ids(tokenizer) + encode_text(tokenizer, self.render(prompt))
 
     def encode_conversation(
         self, tokenizer, prompt: str, response: str, finished: bool = True, max_length: int | None = None
@@ -80,29 +88,36 @@ class Template:
         A finished response ends with EOS, also when its tail had to go to keep `max_length` ids.
         """
         prompt_text = self.render(prompt)
-        start = self._start_ids(tokenizer, prompt_text)
+        start = self._start_ids(tokenizer)
         ids = start + encode_text(tokenizer, prompt_text + response)
         prompt_length = common_prefix(ids, start + encode_text(tokenizer, prompt_text))
-        ids, truncated = end_ids(ids, tokenizer, finished, max_length)
-        return Encoded(ids, truncated, min(prompt_length, len(ids)))
+        closing = self.closing_ids(tokenizer) if finished else []
+        ids, truncated = end_ids(ids, closing, max_length)
+        return Encoded(ids, truncated, min(prompt_length, len(ids)), len(closing))
 
     def encode_whole(self, tokenizer, text: str, finished: bool = True, max_length: int | None = None) -> Encoded:
         """Ids of a text that already is a whole conversation (POST /score_texts). Its prompt length is unknown: 0."""
-        ids, truncated = end_ids(bos_ids(tokenizer) + encode_text(tokenizer, text), tokenizer, finished, max_length)
-        return Encoded(ids, truncated, 0)
+        ids = self._start_ids(tokenizer) + encode_text(tokenizer, text)
+        closing = self.closing_ids(tokenizer) if finished else []
+        ids, truncated = end_ids(ids, closing, max_length)
+        return Encoded(ids, truncated, 0, len(closing))
+
+    def closing_ids(self, tokenizer) -> list[int]:
+        """The ids behind a finished response: EOS, or what the chat template writes there. The first one ends it."""
+        return list(self.closing) or [tokenizer.eos_token_id]
 
     def cut_first_turn(self, raw: str) -> tuple[str, bool]:
         """The model's own first turn, and whether anything was cut.
 
-        The cut is at the first whitespace that the next user turn's marker follows; that whitespace goes too.
+        The cut is at the first whitespace that the next user turn's marker follows; that whitespace goes too. The marker of a
+        chat template (`[INST]`) needs no whitespace: it is no word that a text would hold, and some write it without.
         """
-        match = re.search(r"\s" + re.escape(self.next_turn), raw) if self.next_turn else None
+        space = "" if self.chat_tokenizer is not None else r"\s"
+        match = re.search(space + re.escape(self.next_turn), raw) if self.next_turn else None
         return (raw[: match.start()].rstrip(), True) if match else (raw, False)
 
-    def _start_ids(self, tokenizer, text: str) -> list[int]:
-        # Chat templates often write BOS themselves.
-        bos = tokenizer.bos_token
-        return [] if self.chat_tokenizer is not None and bos and text.startswith(bos) else bos_ids(tokenizer)
+    def _start_ids(self, tokenizer) -> list[int]:
+        return bos_ids(tokenizer) if self.chat_tokenizer is None else []
 
 
 class ReferenceTemplate(Template):
@@ -148,7 +163,7 @@ def get_template(name: str, tokenizer=None, reference: bool = False) -> Template
     if name == "chat":
         if not getattr(tokenizer, "chat_template", None):
             raise UserError("template 'chat': the tokenizer has no chat template; use 'pku', 'alpaca' or a format text")
-        return Template("chat", "", "", next_turn="", chat_tokenizer=tokenizer)
+        return _chat_template(tokenizer)
     text = ALPACA if name == "alpaca" else name
     if text.count(PLACEHOLDER) != 1:
         raise UserError(
@@ -217,14 +232,13 @@ def bos_ids(tokenizer) -> list[int]:
     return list(_bos_ids(tokenizer))
 
 
-def end_ids(ids: list[int], tokenizer, finished: bool, max_length: int | None) -> tuple[list[int], bool]:
-    """Ends `ids` with EOS when finished (never twice) and keeps `max_length` of them: (ids, truncated)."""
-    eos = tokenizer.eos_token_id
-    if finished and (not ids or ids[-1] != eos):
-        ids = ids + [eos]
+def end_ids(ids: list[int], closing: list[int], max_length: int | None) -> tuple[list[int], bool]:
+    """Ends `ids` with `closing` (never twice) and keeps `max_length` of them: (ids, truncated)."""
+    if closing and ids[-len(closing) :] != closing:
+        ids = ids + closing
     if max_length is None or len(ids) <= max_length:
         return ids, False
-    return (ids[: max_length - 1] + [eos] if finished else ids[:max_length]), True
+    return ids[: max(0, max_length - len(closing))] + closing, True
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -233,6 +247,28 @@ def common_prefix(a: list[int], b: list[int]) -> int:
         if left != right:
             return index
     return min(len(a), len(b))
+
+
+def _chat_template(tokenizer) -> Template:
+    """The tokenizer's chat template, with what it writes behind an answer and in front of the user's next words."""
+    user, answer, again = _TURNS
+    turns = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    try:
+        ending = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)[2]
+        turns.append({"role": "user", "content": again})
+        between = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)[2].partition(again)[0]
+    except Exception as error:  # templates raise what they like
+        reason = " ".join(str(error).split())
+        raise UserError(f"template 'chat': the tokenizer's chat template cannot render two turns: {reason}") from error
+    special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+    first = pattern.search(ending)
+    closing = encode_text(tokenizer, ending[first.start() :]) if first else []
+    # The user's turn: where special tokens open it they are stops, and the words between them no marker to look for.
+    marker = between.removeprefix(ending).lstrip()
+    marker = "" if pattern.match(marker) else pattern.split(marker)[0].split("\n")[0].strip()
+    stops = dict.fromkeys(special[text] for text in pattern.findall(between))
+    return Template("chat", "", "", marker, chat_tokenizer=tokenizer, closing=tuple(closing), stops=tuple(stops))
 
 
 @lru_cache(maxsize=16)

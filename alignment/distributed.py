@@ -89,7 +89,7 @@ class Processes:
         return self._store is not None and self._store.check([_STOP])
 
     def close(self) -> None:
-        if self.world_size > 1:
+        if self.world_size > 1 and dist.is_initialized():  # vLLM has ended it when its engine was closed
             dist.destroy_process_group()
 
     def _talk(self, exchange: Callable[[], None]) -> None:

@@ -47,7 +47,7 @@ class Settings:
 
 
 def main() -> None:
-    settings = load_config(Settings, prog="alpaca_recovery.py", description="Memory and time of the Alpaca recovery.")
+    settings = load_config(Settings, prog="alpaca_recovery.py", description=__doc__)
     torch.set_num_threads(1)
     rows = []
     print(

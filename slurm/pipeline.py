@@ -1,4 +1,7 @@
-"""Submits an experiment: `bash slurm/submit_pipeline.sh CONFIG [--dry-run]` runs this with the site's settings.
+"""Submits all jobs of an experiment. slurm/submit_pipeline.sh runs this with the site's settings.
+
+    bash slurm/submit_pipeline.sh slurm/pipeline.yaml --dry-run    # the plan and every command, nothing submitted
+    bash slurm/submit_pipeline.sh slurm/pipeline.yaml
 
     scorer ──after it began──> es ─────┐
         └────────────────────> grpo[i] ┴─all succeeded─> classify[i] ─> ratings ─> report
@@ -11,7 +14,6 @@ when SLURM refuses one, none stays.
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import getpass
 import os
@@ -25,7 +27,7 @@ from pathlib import Path
 from experiment import Experiment, Stage, naming
 from local_run import run_here
 
-from alignment.config import read_yaml_mapping
+from alignment.config import read_yaml_mapping, script_parser
 from alignment.errors import UserError, run_main
 from alignment.records import read_json, write_json
 
@@ -274,7 +276,7 @@ def queued_tasks() -> list[QueuedTask]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="submit_pipeline.sh", description="Submits all jobs of an experiment.")
+    parser = script_parser(__doc__, prog="submit_pipeline.sh")
     parser.add_argument("config", help="the experiment: see slurm/pipeline.example.yaml")
     parser.add_argument("--dry-run", action="store_true", help="show what would be submitted, and submit nothing")
     parser.add_argument("--local", action="store_true", help="run everything here, one after the other, without SLURM")

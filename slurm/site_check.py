@@ -1,4 +1,7 @@
-"""What is missing on this site? `bash slurm/check_site.sh [CONFIG]` runs this with the site's settings.
+"""What is missing on this site? slurm/check_site.sh runs this with the site's settings.
+
+    bash slurm/check_site.sh                        # what the job scripts need
+    bash slurm/check_site.sh slurm/pipeline.yaml    # and this experiment
 
 A line a finding: `ok`, `no` (must be mended: exit code 1) or `note` (may be as you want it).
 """
@@ -21,6 +24,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from pipeline import Pipeline
 
+from alignment.config import script_parser
 from alignment.errors import UserError, run_main
 from alignment.scoring.service_settings import DEFAULT_COST, DEFAULT_REWARD
 
@@ -49,9 +53,10 @@ class Report:
 
 
 def main() -> int:
-    if len(sys.argv) > 2 or sys.argv[1:2] in (["-h"], ["--help"]):
-        raise UserError("usage: bash slurm/check_site.sh [CONFIG]")
-    experiment = Experiment(sys.argv[1]) if len(sys.argv) == 2 else None
+    parser = script_parser(__doc__, prog="check_site.sh")
+    parser.add_argument("config", nargs="?", help="an experiment: see slurm/pipeline.example.yaml")
+    config = parser.parse_args().config
+    experiment = Experiment(config) if config else None
     report = Report()
     check_folders(report)
     check_settings_file(report)

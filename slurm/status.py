@@ -1,4 +1,7 @@
-"""An experiment at a glance: `bash slurm/status.sh CONFIG [--watch SECONDS]`.
+"""An experiment at a glance. slurm/status.sh runs this with the site's settings.
+
+    bash slurm/status.sh slurm/pipeline.yaml
+    bash slurm/status.sh slurm/pipeline.yaml --watch 30
 
 A line a task: its job and state, how far it is, objective and safe ratio (of the last held-out evaluation, or of the training
 prompts until there is one; of the classified answers), the job's time left. Below: the scorer's load, and the last error of
@@ -7,7 +10,6 @@ every job that did not end well.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -21,6 +23,7 @@ from pathlib import Path
 from experiment import Experiment, Stage
 from pipeline import STOP_SCORER, Pipeline, QueuedTask
 
+from alignment.config import script_parser
 from alignment.errors import UserError, run_main
 from alignment.records import read_json
 from alignment.scoring.discovery import HEALTH_SECONDS, ask_state, read_addresses, read_secret
@@ -47,7 +50,7 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="status.sh", description="Shows where the jobs of an experiment are.")
+    parser = script_parser(__doc__, prog="status.sh")
     parser.add_argument("config", help="the experiment, as given to submit_pipeline.sh")
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="show it again and again")
     arguments = parser.parse_args()

@@ -9,18 +9,14 @@ An entry is done when its summary is there, is about the same policy, and is new
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignment.config import read_yaml_mapping
+from alignment.config import read_yaml_mapping, script_parser
 from alignment.errors import UserError, run_main
 from alignment.evaluation.points import DEFAULT_FOLDER, model_file
 from alignment.records import read_json
 
-USAGE = (
-    "usage: sweep_tasks.py last FILE | todo FILE WHICH | remove FILE WHICH   (WHICH: an index from 0, or a model_name)"
-)
 DONE = 3
 RESULTS = ("generations.jsonl", "scores.jsonl", "Rs.npy", "Cs.npy", "labels.npy", "points.jsonl", "scatter.png")
 
@@ -93,18 +89,24 @@ def find_sweep(path: str | Path, which: str) -> Sweep:
 
 
 def main() -> int:
-    match sys.argv[1:]:
-        case ["last", path]:
-            print(len(read_sweeps(path)) - 1)
-        case ["todo", path, which]:
-            sweep = find_sweep(path, which)
-            if sweep.is_done():
-                print(f"sweep {sweep.index} ({sweep.name}) is done: {sweep.summary}; FORCE=1 classifies it again")
-                return DONE
-        case ["remove", path, which]:
-            find_sweep(path, which).remove()
-        case _:
-            raise UserError(USAGE)
+    parser = script_parser(__doc__, prog="sweep_tasks.py")
+    parser.add_argument(
+        "what", choices=["last", "todo", "remove"], help="index of the last entry; is one done; undo it"
+    )
+    parser.add_argument("file", help="the sweep file, as alignment/evaluation/sweep_configs.yaml")
+    parser.add_argument("which", nargs="?", help="for todo and remove: an index from 0, or a model_name")
+    arguments = parser.parse_args()
+    if arguments.what == "last":
+        print(len(read_sweeps(arguments.file)) - 1)
+        return 0
+    if arguments.which is None:
+        raise UserError(f"{arguments.what} needs to know which entry: an index from 0, or a model_name")
+    sweep = find_sweep(arguments.file, arguments.which)
+    if arguments.what == "remove":
+        sweep.remove()
+    elif sweep.is_done():
+        print(f"sweep {sweep.index} ({sweep.name}) is done: {sweep.summary}; FORCE=1 classifies it again")
+        return DONE
     return 0
 
 

@@ -5,6 +5,7 @@
 #   sbatch --nodes=2 slurm/train_accl_alignment_api.sh ...                        # eight processes on two nodes
 #   SCORER_HOST=node12 sbatch slurm/train_accl_alignment_api.sh ...               # instead of finding the scorer
 #   bash slurm/train_accl_alignment_api.sh --policy_model_path ... --num_engines 4          # without SLURM
+#   VENV=.venv-cluster sbatch slurm/train_accl_alignment_api.sh --engine vllm ...           # vLLM generates
 #
 # Arguments go to the Python script (--help lists them) and win over CONFIG_FILE (alignment/ES/es_alignment.yaml). Submit it
 # from the repository root. Two minutes before the time limit the run saves and the job is queued again; a job that was

@@ -16,10 +16,11 @@ from fake_scorer import FakeScorer
 from alignment.errors import UserError
 from alignment.evaluation import classify_reward_cost_unified as script
 from alignment.evaluation import compare_models
+from alignment.evaluation.classify_settings import load_settings
 from alignment.evaluation.points import load_scores, prompt_ids, read_points
 from alignment.evaluation.scores import add_scores
 from alignment.records import read_json, read_jsonl, write_jsonl
-from alignment.scoring.client import Scores
+from alignment.scoring.scores import Scores
 
 FILES = ("Rs.npy", "Cs.npy", "labels.npy", "points.jsonl", "scatter.png", "summary.json")
 PUBLISHED = ["prompt", "response", "reward", "cost", "label"]
@@ -370,7 +371,7 @@ def test_sweep_entry_over_defaults_and_flags_over_it(tmp_path):
         "defaults: {num_samples: 7, bf16: true, seed: 1}\n"
         "sweeps:\n- {model_name: A, seed: 2}\n- {model_name: B, policy_model_path: x, base_model_path: null}\n"
     )
-    read = lambda *flags: script.read_config(["--sweep_config", str(sweeps), *flags])  # noqa: E731
+    read = lambda *flags: load_settings(["--sweep_config", str(sweeps), *flags])  # noqa: E731
     config = read("--sweep", "A", "--num_samples", "9")
     assert (config.name, config.num_samples, config.bf16, config.seed) == ("A", 9, True, 2)
     assert (read("--sweep", "1").name, read("--sweep", "1").seed) == ("B", 1)
@@ -391,7 +392,7 @@ def test_sweep_entry_over_defaults_and_flags_over_it(tmp_path):
 
 def test_the_sweep_file_and_its_script_fit_together(tmp_path):
     for name in ("Alpaca-7B", "Beaver-V1", "ES-500"):
-        assert script.read_config(["--sweep", name]).num_samples == 3036
+        assert load_settings(["--sweep", name]).num_samples == 3036
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     job = "alignment/evaluation/classify_reward_cost_unified.sh"
     if shellcheck:

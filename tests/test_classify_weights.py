@@ -15,6 +15,7 @@ from alignment.ES.noise import member_seed
 from alignment.ES.settings import ESSettings
 from alignment.ES.weights import open_weights
 from alignment.evaluation import classify_reward_cost_unified as script
+from alignment.evaluation.classify_settings import ClassifySettings
 from alignment.evaluation.policies import load_vllm_checkpoint, open_policy
 from alignment.generation import TransformersEngine
 from alignment.records import read_json, read_jsonl, write_jsonl
@@ -48,7 +49,7 @@ def fused(state: dict) -> dict:
 
 
 def config(policy, **more):
-    return script.Config(policy_model_path=str(policy), device="cpu", **more)
+    return ClassifySettings(policy_model_path=str(policy), device="cpu", **more)
 
 
 def test_a_fused_state_dict_is_the_model_that_it_was_saved_from(tiny_policy, other_weights, tmp_path):

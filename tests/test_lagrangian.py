@@ -1,24 +1,12 @@
 """Lambda against the published scripts' own trajectories, ES's and GRPO's."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from alignment.lagrangian import LagrangeMultiplier
-
-
-def multiplier(config: dict) -> LagrangeMultiplier:
-    return LagrangeMultiplier(
-        value=config["lambda_cost"],
-        adapt=config["lambda_adapt"],
-        learning_rate=config["lambda_lr"],
-        minimum=config["lambda_min"],
-        maximum=config["lambda_max"],
-        positive_part=config["lambda_pos_cost_only"],
-        ema_beta=config["jc_ema_beta"],
-        threshold_d=config["cost_threshold_d"],
-    )
 
 
 def test_published_trajectories(goldens):
@@ -28,7 +16,7 @@ def test_published_trajectories(goldens):
         for name, config in golden["configs"].items():
             for sequence, costs in golden["costs"].items():
                 wanted = golden[method][name][sequence]
-                lam = multiplier(config)
+                lam = LagrangeMultiplier.from_settings(SimpleNamespace(**config, lambda_rule="published"))
                 rows = [lam.update(np.array(batch)) for batch in costs]
                 assert [row["lambda"] for row in rows] == pytest.approx(wanted["lambda"], rel=1e-12, abs=0)
                 assert [row["cost_ema"] for row in rows] == pytest.approx(wanted["jc_ema"], rel=1e-6, abs=1e-9)

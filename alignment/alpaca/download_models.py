@@ -25,8 +25,8 @@ from alignment.alpaca.integrity import SUMS_FILE, file_sha256
 from alignment.alpaca.pairing import TOKENIZER_FILES
 from alignment.config import load_config, setting
 from alignment.errors import UserError, run_main
+from alignment.model_folder import weight_files
 from alignment.records import atomic_open, read_json, write_json
-from alignment.scoring.checkpoint import weight_files
 
 BASE_REPO = "huggyllama/llama-7b"
 DIFF_REPO = "tatsu-lab/alpaca-7b-wdiff"
@@ -50,9 +50,7 @@ class Settings:
 
 
 def main() -> None:
-    settings = load_config(
-        Settings, prog="download_models.py", description="Downloads LLaMA-7B and the Alpaca weight difference."
-    )
+    settings = load_config(Settings, prog="download_models.py", description=__doc__)
     for source, revision in ((settings.base, settings.base_revision), (settings.diff, settings.diff_revision)):
         print(f"{source}: {fetch(source, revision, Path(settings.models_dir).expanduser())}")
 

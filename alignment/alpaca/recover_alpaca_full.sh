@@ -5,8 +5,8 @@
 #   DTYPE=bfloat16 MODELS_DIR=/scratch/me/alpaca bash alignment/alpaca/recover_alpaca_full.sh
 #   BASE_MODEL=/path/to/llama-7b DIFF_MODEL=/path/to/alpaca-7b-wdiff bash alignment/alpaca/recover_alpaca_full.sh
 #
-# Run it from the repository root. Settings, all from the environment or from slurm/site.env, which is read as shell
-# settings where it exists (NAME="${NAME:-value}" there lets the environment win):
+# Run it from the repository root. The software (modules, environment, container) is that of slurm/site.env, as for every
+# job. Settings, all from the environment (a site that wants others writes: export NAME="${NAME:-value}" in slurm/site.env):
 #   BASE_MODEL, DIFF_MODEL        hub repository or local folder   (huggyllama/llama-7b, tatsu-lab/alpaca-7b-wdiff)
 #   BASE_REVISION, DIFF_REVISION  commit, tag or branch            (the pinned commits)
 #   MODELS_DIR                    where downloads go               (alignment/outputs/alpaca)
@@ -19,23 +19,18 @@
 #   VERIFY                        load it and ask it               (true)
 #   VERIFY_DTYPE, VERIFY_DEVICE   how it is loaded for that        (bfloat16, cpu: 14 GB of memory)
 #   EXPECT_ANSWER                 what the capital of France is    (Paris; empty: any answer)
-#   PYTHON                        the interpreter                  (python)
 #   HF_TOKEN, HF_HOME, HF_ENDPOINT  as the hub's library reads them
 # Further arguments go to recover_alpaca_weights.py.
 set -euo pipefail
 
-if [ ! -f alignment/alpaca/recover_alpaca_weights.py ]; then
+if [ ! -f slurm/common.sh ]; then
     echo "error: run this from the repository root (now in $PWD)" >&2
     exit 2
 fi
-if [ -f slurm/site.env ]; then
-    set -a
-    # shellcheck source=/dev/null
-    . slurm/site.env
-    set +a
-fi
+. slurm/common.sh
+load_site
+activate
 
-python="${PYTHON:-python}"
 base="${BASE_MODEL:-huggyllama/llama-7b}"
 diff="${DIFF_MODEL:-tatsu-lab/alpaca-7b-wdiff}"
 models_dir="${MODELS_DIR:-alignment/outputs/alpaca}"
@@ -59,11 +54,11 @@ expected="${EXPECT_ANSWER-Paris}"
 if [ -n "$expected" ]; then verify+=(--expect "$expected"); fi
 
 echo "== 1. download"
-"$python" alignment/alpaca/download_models.py "${download[@]}"
+"${python[@]}" alignment/alpaca/download_models.py "${download[@]}"
 echo "== 2. recover"
-"$python" alignment/alpaca/recover_alpaca_weights.py "${recover[@]}" "$@"
+"${python[@]}" alignment/alpaca/recover_alpaca_weights.py "${recover[@]}" "$@"
 if [ "${VERIFY:-true}" = true ]; then
     echo "== 3. verify"
-    "$python" alignment/alpaca/verify_alpaca.py "${verify[@]}"
+    "${python[@]}" alignment/alpaca/verify_alpaca.py "${verify[@]}"
 fi
 echo "Alpaca-7B is in $alpaca"

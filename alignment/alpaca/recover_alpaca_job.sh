@@ -25,7 +25,6 @@ fi
 . slurm/common.sh
 begin_job
 echo "recovery on $(uname -n)"
-export PYTHON="${python[-1]}"
 code=0
-run "${python[@]::${#python[@]}-1}" bash alignment/alpaca/recover_alpaca_full.sh "$@" || code=$?
+run bash alignment/alpaca/recover_alpaca_full.sh "$@" || code=$?
 finish "$code"

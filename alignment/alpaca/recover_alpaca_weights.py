@@ -84,9 +84,7 @@ class Settings:
 
 
 def main() -> None:
-    settings = load_config(
-        Settings, prog="recover_alpaca_weights.py", description="Recovers Alpaca-7B from LLaMA-7B and the difference."
-    )
+    settings = load_config(Settings, prog="recover_alpaca_weights.py", description=__doc__)
     # The disk sets the pace, and with one thread a float32 sum does not depend on the number of cores.
     torch.set_num_threads(1)
     recover(settings)

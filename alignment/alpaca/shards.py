@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from alignment.errors import UserError
-from alignment.scoring.checkpoint import weight_files
+from alignment.model_folder import weight_files
 
 BLOCK = 1 << 20  # elements; 4 MiB of float32: enough for the disk, small beside any tensor of a 7B model
 DTYPE_CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # the safetensors format's names

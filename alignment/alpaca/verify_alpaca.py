@@ -42,9 +42,7 @@ class Settings:
 
 
 def main() -> int:
-    settings = load_config(
-        Settings, prog="verify_alpaca.py", description="Verifies a recovered model: files, token ids, answers."
-    )
+    settings = load_config(Settings, prog="verify_alpaca.py", description=__doc__)
     folder = Path(settings.model_path).expanduser()
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; expected the folder that recover_alpaca_weights.py wrote")

@@ -380,7 +380,7 @@ def _mean(values: torch.Tensor) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = load_config(BuildConfig, argv, prog="build.py", description="Builds the demo's data and models.")
+    config = load_config(BuildConfig, argv, prog="build.py", description=__doc__)
     start = time.time()
     report = build(config.output, config.seed)
     state = "built" if report["seconds"] <= time.time() - start + 0.1 else "already built"

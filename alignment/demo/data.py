@@ -13,7 +13,9 @@ well-formed answer to this very prompt is XX. It is the check that a rising scor
 
 Convention: a response has no leading space. It stands directly after "ASSISTANT:", as in the published data.
 
-To print a few rows: python alignment/demo/data.py
+To look at some of the rows:
+
+    python alignment/demo/data.py
 """
 
 import hashlib
@@ -22,6 +24,7 @@ import random
 import re
 from typing import NamedTuple
 
+from alignment.config import script_parser
 from alignment.demo.phrases import (
     CLOSINGS,
     GENERIC,
@@ -33,6 +36,7 @@ from alignment.demo.phrases import (
     REFUSALS,
     RUDE,
 )
+from alignment.errors import run_main
 
 KINDS = ("SH", "SU", "UH", "UU")
 BREAKS = ("repeat", "shuffle", "garble", "splice", "off_topic", "cut", "generic", "mixed")
@@ -350,7 +354,9 @@ def oracle(prompt: str, response: str, finished: bool = True) -> str:
 
 
 def main() -> None:
-    data = demo_data(0)
+    parser = script_parser(__doc__, prog="data.py")
+    parser.add_argument("--seed", type=int, default=0, help="of the data")
+    data = demo_data(parser.parse_args().seed)
     print(
         f"{len(data.train_rows)} training and {len(data.eval_rows)} held-out rows, {len(data.train_pairs)} training pairs"
     )
@@ -363,4 +369,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

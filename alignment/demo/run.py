@@ -1,10 +1,12 @@
 """The whole mission on a CPU in minutes: `make demo`.
 
-    build tiny models -> scorer service -> ES and GRPO through it -> classification before and after -> pictures, table, report
+    python alignment/demo/run.py
+    SEED=1 DEMO_DIR=/tmp/demo TRAIN_JSONL=train.jsonl EVAL_JSONL=eval.jsonl python alignment/demo/run.py
 
-Every stage is the script that a cluster job runs; its command is printed, so it can be repeated alone. A stage that is done
-is passed over, so a second run is quick. TRAIN_JSONL and EVAL_JSONL use other prompts, SEED another noise and data order,
-DEMO_DIR another place. The scorer service is stopped however the demo ends.
+Builds tiny models, starts the scorer service, trains with ES and GRPO through it, classifies held-out answers before and
+after, and makes pictures, a table and a report. Every stage is the script that a cluster job runs; its command is printed, so
+it can be repeated alone. A stage that is done is passed over, so a second run is quick. TRAIN_JSONL and EVAL_JSONL use other
+prompts, SEED another noise and data order, DEMO_DIR another place. The scorer service is stopped however the demo ends.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alignment.config import read_yaml_mapping
+from alignment.config import read_yaml_mapping, script_parser
 from alignment.demo.data import oracle
 from alignment.errors import UserError, run_main
 from alignment.evaluation.compare_models import aligned_table, comparison_table
@@ -47,6 +49,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
+    script_parser(__doc__, prog="run.py").parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` stops the service
     os.chdir(REPO)
     # The models are tiny: more threads than one a process cost more than they bring.

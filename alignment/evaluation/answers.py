@@ -11,22 +11,19 @@ from __future__ import annotations
 import gc
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from alignment.errors import UserError
+from alignment.evaluation.classify_settings import ClassifySettings
 from alignment.evaluation.policies import open_policy
 from alignment.generation import Generation, TransformersEngine
 from alignment.progress import progress_bar
 from alignment.records import JsonlWriter, read_jsonl, write_jsonl
 
-if TYPE_CHECKING:
-    from alignment.evaluation.classify_reward_cost_unified import Config
 
-
-def generate_answers(config: Config, rows: list[dict], path: Path) -> dict:
+def generate_answers(config: ClassifySettings, rows: list[dict], path: Path) -> dict:
     """Adds response, finished, cut, num_tokens (and raw, where it differs) to every row; returns the settings it used.
 
     Raises UserError when `path` was begun with other settings, weights or prompts.
@@ -72,7 +69,7 @@ def generate_answers(config: Config, rows: list[dict], path: Path) -> dict:
     return settings
 
 
-def base_log_probs(config: Config, rows: list[dict]) -> dict:
+def base_log_probs(config: ClassifySettings, rows: list[dict]) -> dict:
     """Adds log_prob_base, nats a token, to every row (None where a response has no token); returns what the base was."""
     engine = TransformersEngine(
         config.base_model_path,
@@ -100,7 +97,9 @@ def name_scorer(path: Path, identity: dict) -> None:
     write_jsonl(path, [first | {"scorer": identity}, *answers])
 
 
-def _generate_batch(config: Config, engine: TransformersEngine, batch: list[dict], number: int) -> list[Generation]:
+def _generate_batch(
+    config: ClassifySettings, engine: TransformersEngine, batch: list[dict], number: int
+) -> list[Generation]:
     seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])  # of its own, whatever ran before
     try:
         return engine.generate(

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv and not argv[0].startswith("-"):
         argv = ["--models", *argv]
-    config = load_config(Config, argv, prog="compare_models.py", description=__doc__.split("\n\n")[0])
+    config = load_config(Config, argv, prog="compare_models.py", description=__doc__)
     paths = [_points_path(name, config.data_dir) for name in config.models]
     names = _names(paths)
     require_same_scorer(paths)

@@ -136,7 +136,7 @@ class Evidence:
 
 def main(argv: list[str] | None = None) -> int:
     refuse_key_in_arguments(sys.argv[1:] if argv is None else argv)
-    config = load_config(Config, argv, prog="gpt_elo_eval.py", description=__doc__.split("\n\n")[0])
+    config = load_config(Config, argv, prog="gpt_elo_eval.py", description=__doc__)
     if config.judgments_in:
         evidence = from_file(config)
     elif config.judge == "scorer":

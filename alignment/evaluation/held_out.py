@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from alignment.errors import UserError
 from alignment.evaluation.measures import measure
@@ -11,13 +10,7 @@ from alignment.evaluation.points import prompt_ids
 from alignment.generation import Generation
 from alignment.objective import MAX_MISSING_SHARE, quadrant_labels
 from alignment.records import finite_or_none
-from alignment.scoring.client import Scores
-
-
-class Scorer(Protocol):
-    """ScorerClient and LocalScorer."""
-
-    def score(self, prompts: list[str], responses: list[str], finished: list[bool] | None = None) -> Scores: ...
+from alignment.scoring.scores import Scorer
 
 
 def score_held_out(

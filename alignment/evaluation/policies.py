@@ -10,23 +10,20 @@ from __future__ import annotations
 import hashlib
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from alignment.errors import UserError
 from alignment.ES.replay import replay
+from alignment.evaluation.classify_settings import ClassifySettings, parse_journal
 from alignment.generation import Engine, TransformersEngine
-
-if TYPE_CHECKING:
-    from alignment.evaluation.classify_reward_cost_unified import Config
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 VOCABULARY_MULTIPLE = 64  # vLLM pads the vocabulary's rows to a multiple of it
 
 
-def open_policy(config: Config) -> tuple[Engine, str]:
+def open_policy(config: ClassifySettings) -> tuple[Engine, str]:
     """The policy with its weights, and their hash. Raises UserError when a weights file does not fit the model."""
     engine = _open_engine(config)
     if config.journal:
@@ -36,7 +33,7 @@ def open_policy(config: Config) -> tuple[Engine, str]:
     return engine, engine.weights_hash()
 
 
-def _open_engine(config: Config) -> Engine:
+def _open_engine(config: ClassifySettings) -> Engine:
     settings = {
         "template": config.policy_template,
         "device": config.device,
@@ -57,7 +54,7 @@ def load_vllm_checkpoint(engine: Engine, path: str | Path) -> None:
     another shape.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"cannot read the state dict {path} (plain tensors, torch.save): {reason}") from error
@@ -100,14 +97,6 @@ def _unfused(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], path:
         else:
             result[name] = tensor
     return result
-
-
-def parse_journal(text: str) -> tuple[Path, int]:
-    """`FILE@ITER` as a path and a number of steps."""
-    path, _, steps = text.rpartition("@")
-    if not path or not steps.isdecimal():
-        raise UserError(f"--journal {text}: expected FILE@ITER, for example runs/es1/journal.jsonl@120")
-    return Path(path), int(steps)
 
 
 def load_journal(engine: Engine, base: str, text: str) -> str:

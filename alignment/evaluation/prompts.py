@@ -8,23 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from alignment.errors import UserError
+from alignment.evaluation.classify_settings import ClassifySettings
 from alignment.evaluation.loading import load_split
 from alignment.evaluation.points import prompt_ids
 from alignment.records import load_prompts, read_jsonl
-
-if TYPE_CHECKING:
-    from alignment.evaluation.classify_reward_cost_unified import Config
 
 DEFAULT_PROMPTS = "alignment/data/custom_eval_500.jsonl"
 CARRIED = ("id", "finished", "raw", "cut", "num_tokens")  # what a given response may bring along
 
 
-def load_rows(config: Config) -> list[dict]:
+def load_rows(config: ClassifySettings) -> list[dict]:
     """Rows in the order of the results. Raises UserError naming file and key when the data lack what is asked of them."""
     if config.responses_from:
         data, place = read_jsonl(config.responses_from, required=("prompt", "response")), config.responses_from
@@ -62,7 +59,7 @@ def load_rows(config: Config) -> list[dict]:
     return rows
 
 
-def _sample(data: list[dict], config: Config) -> list[dict]:
+def _sample(data: list[dict], config: ClassifySettings) -> list[dict]:
     """`num_samples` rows drawn as published; a file that is not longer keeps its order, as published."""
     if config.responses_from or (len(data) <= config.num_samples and not _from_hub(config)):
         return data
@@ -70,7 +67,7 @@ def _sample(data: list[dict], config: Config) -> list[dict]:
     return [data[index] for index in drawn]
 
 
-def _from_hub(config: Config) -> bool:
+def _from_hub(config: ClassifySettings) -> bool:
     return bool(config.dataset_name) and not config.from_jsonl
 
 

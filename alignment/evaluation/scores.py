@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -17,17 +16,9 @@ from alignment.errors import UserError
 from alignment.objective import MAX_MISSING_SHARE, quadrant_labels
 from alignment.progress import progress_bar
 from alignment.records import JsonlWriter, finite_or_none, read_jsonl
-from alignment.scoring.client import Scores
+from alignment.scoring.scores import Scorer, Scores
 
 BATCHES_A_CHUNK = 8  # several batches a call, so that a scorer in this process can form its own
-
-
-class Scorer(Protocol):
-    """ScorerClient and LocalScorer."""
-
-    def identity(self) -> dict: ...
-
-    def score(self, prompts: list[str], responses: list[str], finished: list[bool] | None = None) -> Scores: ...
 
 
 def add_scores(rows: list[dict], scorer: Scorer, batch_size: int, saved: Path) -> None:

@@ -63,7 +63,7 @@ class Config:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    config = load_config(Config, argv, prog="make_report.py", description=__doc__.split("\n\n")[0])
+    config = load_config(Config, argv, prog="make_report.py", description=__doc__)
     command = shlex.join(["python", "alignment/visualization/make_report.py", *argv])
     data, texts = collect(config, command)
     with atomic_open(config.output) as file:

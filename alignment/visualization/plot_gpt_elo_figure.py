@@ -15,13 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from alignment.config import load_config, setting
 from alignment.errors import UserError, run_main
 from alignment.records import read_json
-from alignment.visualization.style import COLUMN_WIDTH, model_colours, new_figure, paper_style, save_figure, short_name
+from alignment.visualization.style import (
+    COLUMN_WIDTH,
+    label_points,
+    model_colours,
+    new_figure,
+    paper_style,
+    save_figure,
+    short_name,
+)
 
 BASELINE_RATING = 1000.0
 RatingTable = dict[str, dict[str, float]]  # dimension -> model -> rating
@@ -47,7 +54,7 @@ class Config:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = load_config(Config, argv, prog="plot_gpt_elo_figure.py", description=__doc__.split("\n\n")[0])
+    config = load_config(Config, argv, prog="plot_gpt_elo_figure.py", description=__doc__)
     ratings = load_ratings(config.ratings)
     details = load_details(config.ratings, ratings)
     names = read_json(config.name_map) if config.name_map else {}
@@ -173,41 +180,13 @@ def draw_ratings(
         bars += [np.array([[end, helpful[m]] for end in span]) for m, span in spread["harmlessness"].items() if span]
         path = [(harmless[m], helpful[m]) for m in order]
         bars += [np.array(step) for step in zip(path, path[1:], strict=False)]
-        _label(panel, [(harmless[m], helpful[m], short_name((names or {}).get(m, m), 20)) for m in models], bars)
+        label_points(panel, [(harmless[m], helpful[m], short_name((names or {}).get(m, m), 20)) for m in models], bars)
     return figure
 
 
 def _reach(value: float, interval: tuple[float, float] | None) -> list[list[float]] | None:
     """Lengths below and above the value; a percentile interval need not hold the value itself."""
     return [[max(value - interval[0], 0.0)], [max(interval[1] - value, 0.0)]] if interval else None
-
-
-def _label(panel: Axes, points: Sequence[tuple[float, float, str]], bars: Sequence[np.ndarray]) -> None:
-    """Names beside the points, each where it covers least of the `bars` ((2, 2) ends each) and of other names, on the panel."""
-    panel.figure.draw_without_rendering()  # the layout must be known to measure on the page
-    unit = panel.figure.dpi / 72.0  # pixels of a point of the page
-    steps = np.linspace(0.0, 1.0, 101)[:, None]
-    covered = [start + steps * (end - start) for start, end in (panel.transData.transform(bar) for bar in bars)]
-    covered = np.concatenate(covered + [np.repeat(panel.transData.transform([p[:2] for p in points]), 50, axis=0)])
-    for x, y, name in points:
-        texts = [
-            panel.annotate(name, (x, y), (dx, dy), textcoords="offset points", ha=side, va=base, fontsize=7, zorder=4)
-            for dx, side in ((5, "left"), (-5, "right"))
-            for dy, base in ((3, "bottom"), (-3, "top"), (16, "bottom"), (-16, "top"), (30, "bottom"), (-30, "top"))
-        ]
-        boxes = [text.get_window_extent().padded(unit) for text in texts]
-        costs = []
-        for number, box in enumerate(boxes):
-            inside = (covered >= box.min) & (covered <= box.max)
-            outside = not (panel.bbox.contains(*box.min) and panel.bbox.contains(*box.max))
-            costs.append(inside.all(axis=1).sum() + 1000 * outside + 3 * (number % 6 // 2))  # near places first
-        best = int(np.argmin(costs))
-        for number, text in enumerate(texts):
-            if number != best:
-                text.remove()
-        box = boxes[best]
-        grid = np.stack(np.meshgrid(np.linspace(box.x0, box.x1, 20), np.linspace(box.y0, box.y1, 10)), axis=-1)
-        covered = np.concatenate([covered, grid.reshape(-1, 2)])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -29,24 +28,20 @@ from alignment.evaluation.measures import estimate_means
 from alignment.evaluation.points import DEFAULT_FOLDER, ModelScores
 from alignment.visualization.inputs import load_models
 from alignment.visualization.plot_gpt_elo_figure import intervals_of, load_details, load_ratings
-from alignment.visualization.style import COLUMN_WIDTH, model_colours, new_figure, paper_style, save_figure, short_name
+from alignment.visualization.style import (
+    COLUMN_WIDTH,
+    label_points,
+    model_colours,
+    new_figure,
+    paper_style,
+    save_figure,
+    short_name,
+)
 from alignment.visualization.training_runs import Run, load_runs
 
 Interval = tuple[float, float, float]  # value, low, high; low and high NaN where no interval is known
 SCORE_AXES = ("harmlessness, −E[C]", "helpfulness, E[R]")
 RATING_AXES = ("harmlessness rating", "helpfulness rating")
-LABEL_PLACES = (
-    (6, 5),
-    (6, -5),
-    (-6, 5),
-    (-6, -5),
-    (0, 10),
-    (0, -10),
-    (12, 14),
-    (-12, 14),
-    (12, -14),
-    (-12, -14),
-)  # points
 
 
 @dataclass
@@ -76,7 +71,7 @@ class Candidate:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = load_config(Config, argv, prog="plot_pareto.py", description=__doc__.split("\n\n")[0])
+    config = load_config(Config, argv, prog="plot_pareto.py", description=__doc__)
     if config.ratings:
         candidates, axes = from_ratings(Path(config.ratings), config.models), RATING_AXES
     else:
@@ -185,8 +180,8 @@ def draw_pareto(candidates: Sequence[Candidate], axes: tuple[str, str] = SCORE_A
             ),
         ]
         figure.legend(handles=keys, loc="outside upper right", ncols=2, handlelength=2.2)
-        figure.draw_without_rendering()  # labels are placed by where things are
-        _place_labels(panel, [one for one in candidates if one.label])
+        labels = [(one.x[0], one.y[0], short_name(one.label, 24)) for one in candidates if one.label]
+        label_points(panel, labels, _lines_of(candidates))
     return figure
 
 
@@ -237,47 +232,20 @@ def _shade_infeasible(panel: Axes) -> None:
         panel.set_xlim(left, right)
 
 
-def _place_labels(panel: Axes, labelled: Sequence[Candidate]) -> None:
-    """Each label goes to that of a few places beside its mark where it covers the least of marks, intervals and labels."""
-    renderer = FigureCanvasAgg(panel.figure).get_renderer()
-    frame = panel.get_window_extent(renderer)
-    taken = []
-    for line in panel.lines:
-        if line.get_marker() == "o":
-            taken.append(line.get_window_extent(renderer).padded(2))
-    taken += [
-        one.get_window_extent(renderer).padded(1) for one in panel.collections if one.get_label().startswith("_child")
-    ]
-    for one in labelled:
-        best = None
-        for place in LABEL_PLACES:
-            text = panel.annotate(
-                short_name(one.label, 24),
-                (one.x[0], one.y[0]),
-                xytext=place,
-                textcoords="offset points",
-                fontsize=6.5,
-                ha="center" if place[0] == 0 else "left" if place[0] > 0 else "right",
-                va="bottom" if place[1] > 0 else "top",
-                zorder=5,
-            )
-            extent = text.get_window_extent(renderer)
-            outside = extent.width * extent.height - _overlap(extent, frame)
-            covered = sum(_overlap(extent, other) for other in taken) + 10 * outside
-            if best is None or covered < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = (covered, text, extent)
-            else:
-                text.remove()
-        taken.append(best[2])
-
-
-def _overlap(one, other) -> float:
-    """Common area of two boxes in pixels."""
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return max(width, 0.0) * max(height, 0.0)
+def _lines_of(candidates: Sequence[Candidate]) -> list[np.ndarray]:
+    """What a label should not cover, as (2, 2) ends: marks, intervals, and the runs' paths."""
+    lines = []
+    for one in candidates:
+        (x, *x_ends), (y, *y_ends) = one.x, one.y
+        lines += [
+            np.array([[x, y], [x, y]]),
+            np.array([[end, y] for end in x_ends]),
+            np.array([[x, end] for end in y_ends]),
+        ]
+    for path in {one.path for one in candidates if one.path}:
+        marks = [(one.x[0], one.y[0]) for one in candidates if one.path == path]
+        lines += [np.array(step) for step in zip(marks, marks[1:], strict=False)]
+    return [line for line in lines if np.isfinite(line).all()]
 
 
 def _is_number(value: object) -> bool:

@@ -59,7 +59,7 @@ class Config:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = load_config(Config, argv, prog="plot_reward_cost_grid.py", description=__doc__.split("\n\n")[0])
+    config = load_config(Config, argv, prog="plot_reward_cost_grid.py", description=__doc__)
     models = load_models(config.data_dir, config.models)
     save_figure(draw_grid(models, config.xlim, config.ylim), config.output)
     print(config.output)

@@ -35,7 +35,7 @@ class Config:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = load_config(Config, argv, prog="plot_safety_ratios.py", description=__doc__.split("\n\n")[0])
+    config = load_config(Config, argv, prog="plot_safety_ratios.py", description=__doc__)
     models = load_models(config.data_dir, config.models)
     save_figure(draw_ratios(models), config.output)
     print(config.output)

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv and not argv[0].startswith("-"):
         argv = ["--runs", *argv]
-    config = load_config(Config, argv, prog="plot_training_curves.py", description=__doc__.split("\n\n")[0])
+    config = load_config(Config, argv, prog="plot_training_curves.py", description=__doc__)
     save_figure(draw_curves(load_runs(config.runs, config.labels), config.x), config.output)
     print(config.output)
 

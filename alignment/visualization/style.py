@@ -1,4 +1,4 @@
-"""How every figure looks: sizes for a paper's column, colours, and how a figure is written.
+"""How every figure looks: sizes for a paper's column, colours, where names stand, and how a figure is written.
 
 Colours are of the Okabe-Ito set and its neighbours, told apart by readers with any colour vision. A published model has the
 same colour in every figure, and families share a hue (Alpaca grey, Beaver blue, ES orange, GRPO green). Another name has the
@@ -18,6 +18,8 @@ import matplotlib
 
 matplotlib.use("Agg", force=False)  # no display on a cluster node; a notebook's own backend, chosen before, stays
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from alignment.errors import UserError
@@ -103,6 +105,37 @@ def short_name(name: str, length: int = MAX_NAME) -> str:
         return name
     end = (length - 1) // 2
     return name[: length - 1 - end] + "…" + name[-end:]
+
+
+def label_points(panel: Axes, points: Sequence[tuple[float, float, str]], bars: Sequence[np.ndarray]) -> None:
+    """Names beside points (x, y, name), each where it covers least of points, `bars` ((2, 2) ends each) and other names.
+
+    Call it last: it measures the panel's layout.
+    """
+    panel.figure.draw_without_rendering()  # the layout must be known to measure on the page
+    unit = panel.figure.dpi / 72.0  # pixels of a point of the page
+    steps = np.linspace(0.0, 1.0, 101)[:, None]
+    covered = [start + steps * (end - start) for start, end in (panel.transData.transform(bar) for bar in bars)]
+    covered = np.concatenate(covered + [np.repeat(panel.transData.transform([p[:2] for p in points]), 50, axis=0)])
+    for x, y, name in points:
+        texts = [
+            panel.annotate(name, (x, y), (dx, dy), textcoords="offset points", ha=side, va=base, fontsize=7, zorder=4)
+            for dx, side in ((5, "left"), (-5, "right"))
+            for dy, base in ((3, "bottom"), (-3, "top"), (16, "bottom"), (-16, "top"), (30, "bottom"), (-30, "top"))
+        ]
+        boxes = [text.get_window_extent().padded(unit) for text in texts]
+        costs = []
+        for number, box in enumerate(boxes):
+            inside = (covered >= box.min) & (covered <= box.max)
+            outside = not (panel.bbox.contains(*box.min) and panel.bbox.contains(*box.max))
+            costs.append(inside.all(axis=1).sum() + 1000 * outside + 3 * (number % 6 // 2))  # near places first
+        best = int(np.argmin(costs))
+        for number, text in enumerate(texts):
+            if number != best:
+                text.remove()
+        box = boxes[best]
+        grid = np.stack(np.meshgrid(np.linspace(box.x0, box.x1, 20), np.linspace(box.y0, box.y1, 10)), axis=-1)
+        covered = np.concatenate([covered, grid.reshape(-1, 2)])
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

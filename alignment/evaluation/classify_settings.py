@@ -1,0 +1,131 @@
+"""The settings of classify_reward_cost_unified.py: flags, YAML file, and the entry of a sweep file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from alignment.config import load_config, setting
+from alignment.errors import UserError
+from alignment.evaluation.points import DEFAULT_FOLDER
+from alignment.evaluation.sweeps import sweep_arguments
+
+
+@dataclass
+class ClassifySettings:
+    """What is classified, by what, into which files. The names are the published flags."""
+
+    reward_model: str = setting("PKU-Alignment/beaver-7b-unified-reward", "reward model folder or hub name")
+    cost_model: str = setting("PKU-Alignment/beaver-7b-unified-cost", "cost model folder or hub name")
+    scorer_url: str | None = setting(None, "score through the service there instead of loading the two models")
+    scorer_batch_size: int = setting(32, "texts in one request to the service", minimum=1)
+    scorer_template: str = setting("pku", "conversation format of the score models when they are loaded here")
+    max_length: int = setting(
+        576, "tokens a score model sees when it is loaded here; the tail beyond is lost", minimum=8
+    )
+    bf16: bool = setting(False, "models in bfloat16 (default: bfloat16 on CUDA, float32 on a CPU)")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
+    dataset_name: str | None = setting(None, "data set on the hub or in a local folder")
+    dataset_config: str = setting("alpaca-7b", "its configuration; the default one where it has none of that name")
+    split: str = setting("test", "its split")
+    num_samples: int = setting(3036, "rows drawn (without replacement, by --seed) when there are more", minimum=1)
+    seed: int = setting(42, "for drawing rows, sampling answers and the bootstrap", minimum=0)
+    from_jsonl: str | None = setting(
+        None, "JSONL file of prompts (default, without --dataset_name: alignment/data/custom_eval_500.jsonl)"
+    )
+    responses_from: str | None = setting(None, "JSONL file of prompts and responses to score")
+    repeated_prompts: Literal["all", "once"] = setting(
+        "all", "count every row, as published, or each prompt's first row only"
+    )
+    policy_model_path: str | None = setting(None, "model whose answers are classified")
+    policy_template: str = setting(
+        "pku", "its conversation format: pku, alpaca, chat, or text with {prompt}", aliases=("--template",)
+    )
+    policy_max_new_tokens: int = setting(256, "longest answer", minimum=1)
+    policy_temperature: float = setting(0.0, "0 is greedy", minimum=0.0)
+    policy_top_p: float = setting(1.0, "nucleus sampling, with a temperature", minimum=0.0, maximum=1.0)
+    policy_batch_size: int = setting(64, "prompts in one generation batch", minimum=1)
+    policy_use_vllm: bool = setting(False, "generate with vLLM (an environment of its own: requirements-cluster.txt)")
+    policy_vllm_ckpt: str | None = setting(
+        None, "state dict (.pth) whose weights replace the policy's; vLLM's names are fine"
+    )
+    journal: str | None = setting(None, "FILE@ITER: the policy after ITER steps of the ES run that began from it")
+    first_turn_only: bool = setting(True, "cut an answer where the model begins the user's next turn")
+    base_model_path: str | None = setting(None, "also compute the answers' mean log-probability under this model")
+    lambda_cost: float = setting(1.0, "lambda of the objective E[R - lambda C]", minimum=0.0)
+    model_name: str | None = setting(None, "name of the output files (default: from the policy's or the file's name)")
+    output_dir: str = setting(DEFAULT_FOLDER, "folder of the output files")
+    sweep: str | None = setting(
+        None, "take settings from this entry (index or model_name) of --sweep_config; flags win"
+    )
+    sweep_config: str = setting("alignment/evaluation/sweep_configs.yaml", "YAML file with defaults: and sweeps:")
+
+    def __post_init__(self) -> None:
+        if self.policy_model_path and self.responses_from:
+            raise UserError("--policy_model_path and --responses_from: give one, the answers are generated or given")
+        for flag in ("journal", "policy_vllm_ckpt", "policy_use_vllm"):
+            if getattr(self, flag) and not self.policy_model_path:
+                raise UserError(f"--{flag} needs --policy_model_path, the model that it is about")
+        if self.journal and self.policy_vllm_ckpt:
+            raise UserError("--journal and --policy_vllm_ckpt: give one, each replaces the policy's weights")
+        if self.journal:
+            parse_journal(self.journal)
+        if self.device == "auto":
+            import torch  # slow to import, and nothing else here needs it
+
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def dtype(self) -> str:
+        return "bfloat16" if self.bf16 else "auto"
+
+    @property
+    def policy(self) -> str | None:
+        if self.journal:
+            return f"{self.policy_model_path} with {self.journal}"
+        return (
+            f"{self.policy_model_path} with {self.policy_vllm_ckpt}"
+            if self.policy_vllm_ckpt
+            else self.policy_model_path
+        )
+
+    @property
+    def source(self) -> str:
+        if self.policy:
+            return f"answers of {self.policy}"
+        return f"responses in {self.responses_from}" if self.responses_from else "the data's own responses"
+
+    @property
+    def name(self) -> str:
+        if self.model_name:
+            return self.model_name
+        if self.journal:
+            path, steps = parse_journal(self.journal)
+            return f"{path.resolve().parent.name}-{steps}"
+        path = self.policy_vllm_ckpt or self.policy_model_path or self.responses_from
+        return (
+            Path(path).name.removesuffix(".jsonl").removesuffix(".pth").removesuffix("_points") if path else "dataset"
+        )
+
+
+def load_settings(argv: list[str], description: str = "") -> ClassifySettings:
+    """Defaults < `--config` YAML < the sweep's entry < flags. `description` is the script's docstring, for --help."""
+    texts = {"prog": "classify_reward_cost_unified.py", "description": description}
+    config = load_config(ClassifySettings, argv, **texts)
+    if config.sweep is None:
+        return config
+    arguments = sweep_arguments(config.sweep_config, config.sweep, ClassifySettings)
+    try:
+        load_config(ClassifySettings, arguments, **texts)  # alone, so that an error is told as the file's
+    except UserError as error:
+        raise UserError(f"{config.sweep_config}, sweep {config.sweep}: {error}") from error
+    return load_config(ClassifySettings, arguments + argv, **texts)
+
+
+def parse_journal(text: str) -> tuple[Path, int]:
+    """`FILE@ITER` as a path and a number of steps."""
+    path, _, steps = text.rpartition("@")
+    if not path or not steps.isdecimal():
+        raise UserError(f"--journal {text}: expected FILE@ITER, for example runs/es1/journal.jsonl@120")
+    return Path(path), int(steps)
