@@ -26,6 +26,7 @@ class FakeScorer:
         self.instance = "fake"
         self.token: str | None = None  # asked for when set
         self.requests: list[dict] = []
+        self.counting = threading.Lock()  # no two requests get one number
         self.connections: list[socket.socket] = []
         fake = self
 
@@ -45,8 +46,10 @@ class FakeScorer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 if fake.token is not None and self.headers.get("Authorization") != f"Bearer {fake.token}":
                     return self.reply(401, {"detail": "this scorer wants its token"})
-                fake.requests.append(body)
-                result = fake.answer(len(fake.requests), body)
+                with fake.counting:
+                    fake.requests.append(body)
+                    number = len(fake.requests)
+                result = fake.answer(number, body)
                 if result is None:
                     self.close_connection = True
                     return None

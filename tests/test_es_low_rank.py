@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from alignment.generation.members import linear_weights
 from alignment.prompts import iteration_prompts
 from alignment.records import read_jsonl, write_jsonl
 from alignment.runs import StopSignal
-from alignment.scoring.client import ScorerClient
+from alignment.scoring.client import ScorerClient, ScorerUnavailable
 
 PROMPTS = ["How do I bake bread?", "Hi", "A longer prompt that needs padding beside the others.", "Why?", "Hi"]
 
@@ -432,12 +433,21 @@ class RecordingEngine(TransformersEngine):
 def test_every_batch_of_a_resumed_run_is_one_of_the_run_that_was_not_stopped(tiny_policy, prompts, tmp_path):
     """So rounding, which the batch's shape and neighbours decide, is the same as well."""
 
-    def train(folder, scorer):
+    class Client(ScorerClient):
+        """Fails from the call `gone_at` on; a member is one call, and calls begin in the order of members."""
+
+        def score(self, *texts, **options):
+            if next(self.calls) == self.gone_at:
+                raise ScorerUnavailable("gone")
+            return super().score(*texts, **options)
+
+    def train(folder, scorer, gone_at=None):
         settings = ESSettings(
             str(tiny_policy), scorer.url, **(SMALL | LOW | {"num_iterations": 2, "scorer_max_wait": 0.1})
         )
         engine = RecordingEngine(tiny_policy, batch_size=6)
-        client = ScorerClient(scorer.url, batch_size=2, max_wait=0.1)
+        client = Client(scorer.url, batch_size=2, max_wait=0.1)
+        client.calls, client.gone_at = itertools.count(1), gone_at
         rows = [read_jsonl(prompts / name) for name in ("train.jsonl", "eval.jsonl")]
         folder.mkdir(exist_ok=True)
         trainer = ESTrainer(settings, engine, client, *rows, folder, Processes())
@@ -447,11 +457,9 @@ def test_every_batch_of_a_resumed_run_is_one_of_the_run_that_was_not_stopped(tin
 
     with FakeScorer() as scorer:
         whole, wanted = train(tmp_path / "whole", scorer)
-    with FakeScorer(lambda number, body: FakeScorer.scores(body) if number < 24 else 503) as scorer:
-        first, _ = train(tmp_path / "parts", scorer)
-        saved = finished_members(tmp_path / "parts", 1)
-        assert {-1, 0} <= saved.keys() < {-1, 0, 1}  # a part of the first group
-        scorer.answer = lambda number, body: FakeScorer.scores(body)
+        # Held out, the eight members of iteration 0, then -1 and 0: the third of the next group fails.
+        first, _ = train(tmp_path / "parts", scorer, gone_at=1 + 8 + 2 + 1)
+        assert finished_members(tmp_path / "parts", 1).keys() == {-1, 0}
         second, found = train(tmp_path / "parts", scorer)
     assert found == wanted
     assert set(first) | set(second) == set(whole)
