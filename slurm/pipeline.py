@@ -138,14 +138,14 @@ class Pipeline:
 
     def _check_classify(self, stage: Stage) -> None:
         """With a sweep file of its own: the one that is there may be in use."""
-        from alignment.evaluation.classify_reward_cost_unified import read_config  # slow to import: torch
+        from alignment.evaluation.classify_settings import load_settings
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "sweep_configs.yaml"
             self.experiment.write_sweeps(path)
             with naming(f"{self.experiment.path}: classify"):
                 for task in range(len(stage.tasks)):
-                    read_config(["--sweep", str(task), "--sweep_config", str(path)])
+                    load_settings(["--sweep", str(task), "--sweep_config", str(path)])
             trial = replace(stage, environment=stage.environment | {"CONFIG_FILE": str(path)})
             self._sbatch(trial, [*self._options(stage), "--test-only"])
 

@@ -168,7 +168,7 @@ def ended_job(job: str) -> tuple[str, Path | None]:
         ).exists() else None
     told = subprocess.run(["sacct", "-n", "-X", "-P", "-j", job, "-o", "State"], capture_output=True, text=True)
     state = told.stdout.split()[0] if told.returncode == 0 and told.stdout.split() else "ended"
-    return state, next(iter(sorted(Path("logs").glob(f"*_{job}.log"))), None)
+    return state, next(iter(sorted(Path("logs").glob(f"*[a-z]_{job}.log"))), None)
 
 
 def last_error(log: Path) -> str:

@@ -70,7 +70,7 @@ class Cluster:
         )
 
     def log(self, job: str) -> str:
-        return "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob(f"*_{job}.log")))
+        return "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob(f"*[a-z]_{job}.log")))
 
     def finish(self, *jobs: str, patience: float = PATIENCE) -> dict[str, str]:
         """Waits until the jobs have left the queue; returns their last states."""
