@@ -28,7 +28,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from es_step import llama_7b, shapes_of
+from device_rates import device_name
+from llama_shapes import draw_lengths, policy_7b, shapes_of
 from safetensors.torch import save_file
 
 from alignment.config import script_parser
@@ -176,7 +177,7 @@ def make_policy(folder: Path, options: argparse.Namespace) -> None:
     from transformers import PreTrainedTokenizerFast
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = llama_7b(options.layers)
+    config = policy_7b(options.layers)
     if options.tiny:
         config.hidden_size, config.intermediate_size, config.num_attention_heads = 128, 256, 4
         config.num_key_value_heads, config.head_dim, config.vocab_size = 4, 32, options.words
@@ -231,16 +232,13 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace, folder: Path) -> None:
-    lengths = np.full((options.prompts, 2), (45, 255))
-    if options.lengths:
-        everything = np.loadtxt(options.lengths, delimiter=",", dtype=int)
-        lengths = np.random.default_rng(0).permutation(everything)[: options.prompts]
+    lengths = draw_lengths(options.lengths, options.prompts)
     np.savetxt(folder / "lengths.csv", lengths, fmt="%d", delimiter=",")
     (folder / "policy").mkdir()
     start = time.perf_counter()
     itself = [__file__, *sys.argv[1:], "--inside"]
     subprocess.run([sys.executable, *itself, str(folder / "policy"), "--part", "policy"], check=True)
-    found: dict = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}
+    found: dict = {"device": device_name()}
     print(f"random weights made in {time.perf_counter() - start:.0f} s", flush=True)
     for count in options.gpus:
         run = folder / f"gpus{count}"

@@ -24,9 +24,8 @@ import time
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import torch
-from es_step import byte_tokenizer, llama_7b, shapes_of
+from llama_shapes import draw_lengths, greedy_requests, policy_7b, shapes_of, start_vllm
 
 from alignment.config import script_parser
 
@@ -129,7 +128,9 @@ def measure_members(options: argparse.Namespace) -> dict:
     from alignment.generation.vllm_members import answer_members
 
     engine, prompts, choices = start(options, members_at_once=options.members, member_rank=options.rank)
-    shapes = {name: shape for name, shape in shapes_of(llama_7b(options.layers)).items() if name in engine._slots.names}
+    shapes = {
+        name: shape for name, shape in shapes_of(policy_7b(options.layers)).items() if name in engine._slots.names
+    }
 
     def run(count: int, longest: int | None = None) -> tuple[float, int]:
         for choice in choices if longest else ():
@@ -157,7 +158,7 @@ def measure_lora(options: argparse.Namespace) -> dict:
     rank = next(rank for rank in (1, 8, 16, 32) if rank >= options.rank)
     engine, prompts, choices = start(options, enable_lora=True, max_loras=options.members, max_lora_rank=rank)
     names = [name for name in engine.linear_weights() if "lm_head" not in name]
-    shapes = shapes_of(llama_7b(options.layers))
+    shapes = shapes_of(policy_7b(options.layers))
     adapters = []
     with tempfile.TemporaryDirectory() as folder:
         for member in range(options.members):
@@ -204,33 +205,9 @@ PARTS = {"plain": measure_plain, "members": measure_members, "lora": measure_lor
 
 def start(options: argparse.Namespace, **more: object) -> tuple:
     """An engine with random weights, the prompts (token ids) and each prompt's SamplingParams."""
-    from vllm import SamplingParams
-
-    from alignment.generation.vllm_engine import VLLMEngine
-
-    folder = tempfile.mkdtemp()
-    llama_7b(options.layers).save_pretrained(folder)
-    byte_tokenizer(folder)
-    begin = time.perf_counter()
-    engine = VLLMEngine(
-        folder, dtype="float16", load_format="dummy", max_model_len=1088, max_num_seqs=options.max_num_seqs, **more
-    )
-    print(f"{options.part}: vLLM started in {time.perf_counter() - begin:.0f} s", flush=True)
-    generator = torch.Generator("cuda").manual_seed(0)
-    for tensor in engine.parameters().values():
-        if tensor.dim() > 1:
-            tensor.normal_(0, 0.02, generator=generator)
-    lengths = np.full((options.prompts, 2), (45, 255))
-    if options.lengths:
-        everything = np.loadtxt(options.lengths, delimiter=",", dtype=int)
-        lengths = np.random.default_rng(0).permutation(everything)[: options.prompts]
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(3, 31000, int(length)).tolist() for length, _ in lengths]
-    choices = [
-        SamplingParams(temperature=0.0, max_tokens=int(length), ignore_eos=True, detokenize=False)
-        for _, length in lengths
-    ]
-    return engine, prompts, choices
+    engine, took = start_vllm(tempfile.mkdtemp(), options.layers, max_num_seqs=options.max_num_seqs, **more)
+    print(f"{options.part}: vLLM started in {took:.0f} s", flush=True)
+    return engine, *greedy_requests(draw_lengths(options.lengths, options.prompts))
 
 
 def factors(shapes: dict[str, torch.Size], rank: int) -> dict:

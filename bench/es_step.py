@@ -14,49 +14,20 @@ tokens). The last line is JSON.
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 import time
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from device_rates import copy_rate, median_seconds
+from llama_shapes import draw_lengths, greedy_requests, policy_7b, shapes_of, start_vllm
+from transformers import AutoModelForCausalLM
 
 from alignment.config import script_parser
 from alignment.ES.noise import noise
 from alignment.ES.weights import KernelWeights, MasterWeights
 
 SIGMA, ALPHA, POPULATION = 0.001, 0.0005, 30
-
-
-def llama_7b(layers: int) -> LlamaConfig:
-    config = LlamaConfig(
-        vocab_size=32001,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        dtype="float16",
-    )
-    config.architectures = ["LlamaForCausalLM"]
-    return config
-
-
-def seconds(work, repeats: int = 5) -> float:
-    """Median time of `work`, after one that is not counted."""
-    times = []
-    for _ in range(repeats + 1):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
 
 
 def check_kernels() -> int:
@@ -95,7 +66,7 @@ def check_kernels() -> int:
 def measure_passes(shapes: dict[str, torch.Size], device_name: str) -> dict[str, float]:
     found: dict[str, float] = {}
     count = sum(shape.numel() for shape in shapes.values())
-    rate = copy_rate()
+    rate = copy_rate(2**31, torch.device("cuda"), lambda copy: median_seconds(copy, 5))
     working = {
         name: torch.empty(shape, dtype=torch.float16, device="cuda").normal_(0, 0.02) for name, shape in shapes.items()
     }
@@ -105,12 +76,12 @@ def measure_passes(shapes: dict[str, torch.Size], device_name: str) -> dict[str,
             generator = torch.Generator(device="cuda").manual_seed(7)
             tensor.add_(SIGMA * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype, device="cuda"))
 
-    found["published_pass"] = seconds(published_pass)
+    found["published_pass"] = median_seconds(published_pass, 5)
     base = {name: tensor.float() for name, tensor in working.items()}
     weights = KernelWeights(working, base, torch.device("cuda"))
-    found["perturb"] = seconds(lambda: weights.perturb(7, SIGMA))
+    found["perturb"] = median_seconds(lambda: weights.perturb(7, SIGMA), 5)
     seeds, coefficients = list(range(POPULATION)), [ALPHA / POPULATION] * POPULATION
-    found["step"] = seconds(lambda: weights.step(seeds, coefficients), 3)
+    found["step"] = median_seconds(lambda: weights.step(seeds, coefficients), 3)
     found["copy_bytes_per_second"] = rate
     found["perturb_limit"] = count * (4 + 2) / rate
     found["step_limit"] = count * (4 + 4) / rate
@@ -127,39 +98,15 @@ def measure_passes(shapes: dict[str, torch.Size], device_name: str) -> dict[str,
     return found
 
 
-def copy_rate() -> float:
-    """Bytes read and written a second in a large copy."""
-    block = torch.empty(2**31, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(block)
-    return 2 * block.numel() / seconds(lambda: target.copy_(block))
-
-
 def measure_vllm(layers: int, members: int, lengths: np.ndarray, folder: str) -> dict[str, float]:
     """Members one after the other in vLLM: how much of the time is generation, and are weights and texts restored exactly."""
-    from vllm import SamplingParams
-
-    from alignment.generation.vllm_engine import VLLMEngine
-
-    config = llama_7b(layers)
-    config.save_pretrained(folder)
-    byte_tokenizer(folder)
-    count = sum(shape.numel() for shape in shapes_of(config).values())
-    start = time.perf_counter()
-    engine = VLLMEngine(
-        folder, dtype="float16", load_format="dummy", max_model_len=1088, max_num_seqs=128, reserved_bytes=4 * count
-    )
-    found = {"vllm_start": time.perf_counter() - start}
+    count = sum(shape.numel() for shape in shapes_of(policy_7b(layers)).values())
+    engine, start = start_vllm(folder, layers, max_num_seqs=128, reserved_bytes=4 * count)
+    found = {"vllm_start": start}
     parameters = engine.parameters()
-    generator = torch.Generator("cuda").manual_seed(0)
-    for tensor in parameters.values():
-        if tensor.dim() > 1:
-            tensor.normal_(0, 0.02, generator=generator)
     weights = KernelWeights(parameters, {n: t.float() for n, t in parameters.items()}, torch.device("cuda"))
-    rng = np.random.default_rng(0)
-    requests = [{"prompt_token_ids": rng.integers(3, 31000, int(p)).tolist()} for p, _ in lengths]
-    choices = [
-        SamplingParams(temperature=0.0, max_tokens=int(r), ignore_eos=True, detokenize=False) for _, r in lengths
-    ]
+    prompts, choices = greedy_requests(lengths)
+    requests = [{"prompt_token_ids": ids} for ids in prompts]
 
     def generate() -> tuple[list, float]:
         begin = time.perf_counter()
@@ -203,23 +150,6 @@ def check_export(engine, parameters: dict[str, torch.Tensor], folder: str) -> fl
     return float(all(torch.equal(named[name].data, parameters[name].cpu()) for name in named))
 
 
-def byte_tokenizer(folder: str) -> None:
-    from tokenizers import Tokenizer, decoders, models
-
-    vocabulary = {name: index for index, name in enumerate(["<unk>", "<s>", "</s>"])}
-    vocabulary |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.decoder = decoders.ByteFallback()
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-
-
-def shapes_of(config: LlamaConfig) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
-
-
 def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--layers", type=int, default=32, help="of the 7B model")
@@ -232,13 +162,10 @@ def main() -> None:
     result: dict = {"device": device, "compared_elements": check_kernels()}
     print(f"kernels equal the PyTorch path in {result['compared_elements']:,} elements")
     if not options.no_passes:
-        result |= measure_passes(shapes_of(llama_7b(options.layers)), device)
+        result |= measure_passes(shapes_of(policy_7b(options.layers)), device)
         torch.cuda.empty_cache()
     if options.vllm:
-        lengths = np.full((64, 2), (45, 255))
-        if options.lengths:
-            everything = np.loadtxt(options.lengths, delimiter=",", dtype=int)
-            lengths = np.random.default_rng(0).permutation(everything)[:64]
+        lengths = draw_lengths(options.lengths, 64)
         with tempfile.TemporaryDirectory() as folder:
             result |= measure_vllm(options.layers, options.members, lengths, folder + "/policy")
     print(json.dumps(result))

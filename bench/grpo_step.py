@@ -36,6 +36,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from device_rates import copy_rate, device_name, product_rate, seconds_each, synchronise
+from llama_shapes import llama
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -168,21 +170,8 @@ def prepare(folder: Path, settings: Settings) -> tuple[str, dict]:
     """Saves a random policy and a tokenizer made from the demo's texts; returns the device's name and its limits."""
     device, dtype = here()
     limits = measure_limits(device, dtype)
-    hidden, mlp, layers, heads, vocabulary = SHAPES[settings.shape]
     tokenizer = train_tokenizer(demo_data(0), 2400)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype=dtype,
-    )
+    config = llama(*SHAPES[settings.shape], pad_token_id=tokenizer.pad_token_id, dtype=dtype)
     check_fits(tokenizer, config, settings)
     torch.manual_seed(0)
     with torch.device(device):
@@ -190,7 +179,7 @@ def prepare(folder: Path, settings: Settings) -> tuple[str, dict]:
     disable_progress_bar()
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
-    return torch.cuda.get_device_name() if device.type == "cuda" else "CPU", limits
+    return device_name(), limits
 
 
 def check_fits(tokenizer, config: LlamaConfig, settings: Settings) -> None:
@@ -283,30 +272,18 @@ def step_limits(config: LlamaConfig, result: dict, limits: dict) -> dict:
 def measure_limits(device: torch.device, dtype: torch.dtype) -> dict:
     """Bytes a second read and written by a copy, FLOP a second of a matrix multiplication."""
     big = device.type == "cuda"
-    source = torch.empty(2**30 if big else 2**25, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copied = 2 * source.numel() / fastest(lambda: target.copy_(source))
     size = 8192 if big else 512
     a = torch.randn(size, size, device=device, dtype=dtype)
-    multiplied = 2 * size**3 / fastest(lambda: a @ a)
-    return {"bytes": copied, "flops": multiplied, "dtype": str(dtype).removeprefix("torch.")}
+    return {
+        "bytes": copy_rate(2**30 if big else 2**25, device, fastest),
+        "flops": product_rate(a, a, fastest),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
 
 
-def fastest(work, repeats: int = 10) -> float:
-    """Seconds of the fastest of some runs."""
-    times = []
-    for _ in range(repeats):
-        synchronise()
-        began = time.perf_counter()
-        work()
-        synchronise()
-        times.append(time.perf_counter() - began)
-    return min(times)
-
-
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def fastest(work) -> float:
+    """Seconds of the fastest of ten runs."""
+    return min(seconds_each(work, 10))
 
 
 def show(arm: str, result: dict) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 import uvicorn
+from device_rates import median_seconds, product_rate
+from llama_shapes import draw_lengths, llama_7b
 from transformers import LlamaConfig
 
 from alignment.config import script_parser
@@ -55,18 +56,6 @@ class RandomScorer(LocalScorer):
         return self._shared_tokenizer, model, {"name": name, "score_type": "reward", "normalize": False}
 
 
-def config_7b(layers: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=32001,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        max_position_embeddings=2048,
-    )
-
-
 def random_model(config: LlamaConfig, dtype: torch.dtype, seed: int) -> ScoreModel:
     torch.manual_seed(seed)
     with torch.device("cuda"):
@@ -74,21 +63,10 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, seed: int) -> ScoreMod
     return model.eval().requires_grad_(False)
 
 
-def seconds(work, repeats: int = 3) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
-
-
 def gemm_rate() -> float:
     """FLOP a second of an 8192^3 bfloat16 product on random data."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / seconds(lambda: a @ b, 20)
+    return product_rate(a, b, lambda product: median_seconds(product, 20))
 
 
 def make_texts(lengths: np.ndarray, tokenizer) -> tuple[list[str], list[str]]:
@@ -121,7 +99,7 @@ def published(models: list[ScoreModel], texts: list[tuple[int, ...]]) -> list[li
 
 def measure_published(config: LlamaConfig, texts: list[tuple[int, ...]]) -> float:
     models = [random_model(config, torch.float16, seed) for seed in (1, 2)]
-    return seconds(lambda: published(models, texts), 1)
+    return median_seconds(lambda: published(models, texts), 1)
 
 
 def batch_mates(scorer: LocalScorer, conversations: list) -> dict[str, float]:
@@ -170,12 +148,12 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=576, help="tokens a text at most")
     parser.add_argument("--fp8", action="store_true", help="the float8 form as well")
     options = parser.parse_args()
-    rng = np.random.default_rng(0)
     if options.lengths:
-        pairs = rng.permutation(np.loadtxt(options.lengths, delimiter=",", dtype=int))[: options.texts]
+        pairs = draw_lengths(options.lengths, options.texts)
     else:
-        pairs = np.stack([np.full(options.texts, 40), rng.lognormal(5.4, 0.6, options.texts)], axis=1)
-    config = config_7b(options.layers)
+        long = np.random.default_rng(0).lognormal(5.4, 0.6, options.texts)
+        pairs = np.stack([np.full(options.texts, 40), long], axis=1)
+    config = llama_7b(options.layers)
     tokenizer = train_tokenizer(demo_data(0), 2400)
     prompts, responses = make_texts(pairs, tokenizer)
     result: dict = {"device": torch.cuda.get_device_name(), "texts": len(prompts)}
@@ -206,7 +184,9 @@ def main() -> None:
             torch.cuda.empty_cache()
         rounds = [conversations[at : at + TEXTS_A_ROUND] for at in range(0, len(conversations), TEXTS_A_ROUND)]
         compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        report(name, seconds(lambda rounds=rounds, scorer=scorer: [scorer.score_encoded(one) for one in rounds], 2))
+        report(
+            name, median_seconds(lambda rounds=rounds, scorer=scorer: [scorer.score_encoded(one) for one in rounds], 2)
+        )
         report(f"{name}_http", through_http(scorer, prompts, responses))
         share = result[f"{name}_http"]["pairs_per_second"] / result[name]["pairs_per_second"]
         result[name] |= {"http_share": share, **batch_mates(scorer, conversations)}

@@ -7,10 +7,7 @@
 # Run it on a login node, from the repository root. Exit code 0: nothing is missing; 1: something is; 2: slurm/site.env or
 # the experiment's file cannot be used.
 set -euo pipefail
-if [ ! -f slurm/common.sh ]; then
-    echo "error: run this from the repository root (now in $PWD)" >&2
-    exit 2
-fi
+[ -f slurm/common.sh ] || { echo "error: run this from the repository root (now in $PWD)" >&2; exit 2; }
 . slurm/common.sh
 load_site
 activate

@@ -4,10 +4,7 @@
 #   bash slurm/status.sh slurm/pipeline.yaml
 #   bash slurm/status.sh slurm/pipeline.yaml --watch 30
 set -euo pipefail
-if [ ! -f slurm/common.sh ]; then
-    echo "error: run this from the repository root (now in $PWD)" >&2
-    exit 2
-fi
+[ -f slurm/common.sh ] || { echo "error: run this from the repository root (now in $PWD)" >&2; exit 2; }
 . slurm/common.sh
 load_site
 activate

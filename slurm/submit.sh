@@ -9,10 +9,7 @@
 # sweep_configs.yaml (CONFIG_FILE) for classification and BETAS for GRPO, unless --array is given, which must then fit.
 # What would fail in the queue is told here, in one line: a missing logs/ folder, a typo in site.env, an unknown partition.
 set -euo pipefail
-if [ ! -f slurm/common.sh ]; then
-    echo "error: run this from the repository root (now in $PWD)" >&2
-    exit 2
-fi
+[ -f slurm/common.sh ] || { echo "error: run this from the repository root (now in $PWD)" >&2; exit 2; }
 . slurm/common.sh
 load_site
 activate

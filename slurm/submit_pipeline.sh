@@ -8,10 +8,7 @@
 # Prints the jobs and what each waits for. The same command again submits only what has neither a result nor a job, so it is
 # also the way to go on after a failure. The scorer is stopped when no job needs it any more. Run it from the repository root.
 set -euo pipefail
-if [ ! -f slurm/common.sh ]; then
-    echo "error: run this from the repository root (now in $PWD)" >&2
-    exit 2
-fi
+[ -f slurm/common.sh ] || { echo "error: run this from the repository root (now in $PWD)" >&2; exit 2; }
 . slurm/common.sh
 load_site
 activate

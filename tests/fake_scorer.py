@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import signal
 import socket
+import subprocess
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from conftest import REPO
 
 
 def score_of(prompt: str, response: str) -> tuple[float, float]:
@@ -18,15 +23,20 @@ def score_of(prompt: str, response: str) -> tuple[float, float]:
 
 
 class FakeScorer:
-    """`answer(request_number, body)` may change the answer: return a dict, an int for an HTTP status, or None to hang up."""
+    """`answer(request_number, body)` may change the answer: return a dict, an int for an HTTP status, or None to hang up.
 
-    def __init__(self, answer: Callable[[int, dict], dict | int | None] | None = None, port: int = 0):
+    `pause`: seconds that every answer takes.
+    """
+
+    def __init__(
+        self, answer: Callable[[int, dict], dict | int | None] | None = None, port: int = 0, pause: float = 0.0
+    ):
         self.answer = answer or (lambda number, body: self.scores(body))
         self.identity = {"reward_model": "fake", "cost_model": "fake", "dtype": "float32"}
         self.instance = "fake"
         self.token: str | None = None  # asked for when set
         self.requests: list[dict] = []
-        self.counting = threading.Lock()  # no two requests get one number
+        self.counting = threading.Condition()  # no two requests get one number
         self.connections: list[socket.socket] = []
         fake = self
 
@@ -49,6 +59,8 @@ class FakeScorer:
                 with fake.counting:
                     fake.requests.append(body)
                     number = len(fake.requests)
+                    fake.counting.notify_all()
+                time.sleep(pause)
                 result = fake.answer(number, body)
                 if result is None:
                     self.close_connection = True
@@ -78,6 +90,12 @@ class FakeScorer:
         pairs = [score_of(p, r) for p, r in zip(body["prompts"], body["responses"], strict=True)]
         return {"rewards": [pair[0] for pair in pairs], "costs": [pair[1] for pair in pairs]}
 
+    def wait_for_request(self, number: int, timeout: float = 120) -> None:
+        """Returns once so many requests have come. Raises AssertionError when they do not come in time."""
+        with self.counting:
+            came = self.counting.wait_for(lambda: len(self.requests) >= number, timeout)
+        assert came, f"{len(self.requests)} requests in {timeout} s, not {number}"
+
     def stop(self) -> None:
         self.server.shutdown()
         self.server.server_close()
@@ -90,3 +108,17 @@ class FakeScorer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def run_until_request(
+    scorer: FakeScorer, number: int, sent: signal.Signals, command: list[str], timeout: float = 120, **options: object
+) -> subprocess.CompletedProcess[str]:
+    """Runs the command and sends it a signal once the scorer has had so many requests."""
+    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    try:
+        scorer.wait_for_request(number, timeout)
+        process.send_signal(sent)
+        output, errors = process.communicate(timeout=timeout)
+    finally:
+        process.kill()  # where it did not end by itself
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)

@@ -9,7 +9,13 @@ from conftest import REPO
 
 DOCUMENTS = sorted(
     path.relative_to(REPO)
-    for path in [*REPO.glob("*.md"), *REPO.glob("docs/*.md"), *REPO.glob("slurm/*.md"), *REPO.glob("alignment/**/*.md")]
+    for path in [
+        *REPO.glob("*.md"),
+        *REPO.glob("docs/*.md"),
+        *REPO.glob("slurm/*.md"),
+        *REPO.glob("bench/*.md"),
+        *REPO.glob("alignment/**/*.md"),
+    ]
     if "outputs" not in path.parts
 )
 PATH = re.compile(r"(?<![\w/.])(?:alignment|slurm|bench|tests|docs)/[\w./-]*\.(?:py|sh|md|yaml|ipynb|example)\b")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_llama_config
-from fake_scorer import FakeScorer
+from fake_scorer import FakeScorer, run_until_request
 from test_es_training import REPO, SMALL, command, final_weights, run_script, same_weights, without_times
 from transformers import (
     AutoModelForCausalLM,
@@ -480,25 +480,10 @@ def test_any_number_of_processes_is_one_run(undisturbed, tiny_policy, prompts, t
 @pytest.mark.slow
 def test_stopped_on_two_processes_it_goes_on_with_one(undisturbed, tiny_policy, prompts, tmp_path):
     run = tmp_path / "run"
-    enough = threading.Event()
-
-    def answer(number, body):
-        if number == 30:
-            enough.set()
-        return FakeScorer.scores(body)
-
-    with FakeScorer(answer) as scorer:
-        process = subprocess.Popen(
-            command(tiny_policy, scorer.url, prompts, run, **LOW, num_engines=2),
-            cwd=REPO,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert enough.wait(60)
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
-        assert "go on with:" in output
+    with FakeScorer() as scorer:
+        two = command(tiny_policy, scorer.url, prompts, run, **LOW, num_engines=2)
+        stopped = run_until_request(scorer, 30, signal.SIGTERM, two)
+        assert "go on with:" in stopped.stdout
         done = run_script(tiny_policy, scorer.url, prompts, run, **LOW)
         assert done.returncode == 0, done.stderr
     assert_same_run(run, undisturbed[0])

@@ -6,11 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
-from fake_scorer import FakeScorer
+from fake_scorer import FakeScorer, run_until_request
 from test_es_training import REPO, SCRIPT, SMALL, command, run_script, same_weights, without_times
 
 from alignment.records import read_jsonl, write_jsonl
@@ -56,14 +54,7 @@ def test_four_processes_are_one_run(alone, tiny_policy, prompts, tmp_path):
 @pytest.mark.slow
 def test_a_killed_process_takes_the_run_down_and_two_go_on(alone, tiny_policy, prompts, tmp_path):
     run = tmp_path / "run"
-    enough = threading.Event()
-
-    def answer(number, body):
-        if number == 80:
-            enough.set()
-        return FakeScorer.scores(body)
-
-    with FakeScorer(answer) as scorer:
+    with FakeScorer() as scorer:
         launcher = subprocess.Popen(
             command(tiny_policy, scorer.url, prompts, run, **SETTINGS, num_engines=3),
             cwd=REPO,
@@ -71,7 +62,7 @@ def test_a_killed_process_takes_the_run_down_and_two_go_on(alone, tiny_policy, p
             stderr=subprocess.PIPE,
             text=True,
         )
-        assert enough.wait(120)
+        scorer.wait_for_request(80)
         workers = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
         assert len(workers) >= 3
         os.kill(int(workers[1]), signal.SIGKILL)
@@ -88,29 +79,12 @@ def test_a_killed_process_takes_the_run_down_and_two_go_on(alone, tiny_policy, p
 @pytest.mark.slow
 def test_torchrun_starts_it_as_well_and_sigterm_saves(alone, tiny_policy, prompts, tmp_path):
     run = tmp_path / "run"
-    enough = threading.Event()
-
-    def answer(number, body):
-        if number == 60:
-            enough.set()
-        time.sleep(0.01)
-        return FakeScorer.scores(body)
-
-    with FakeScorer(answer) as scorer:
+    with FakeScorer(pause=0.01) as scorer:
         single = command(tiny_policy, scorer.url, prompts, run, **SETTINGS)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        launcher = subprocess.Popen(
-            [*torchrun, SCRIPT, *single[2:]],
-            cwd=REPO,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert enough.wait(120)
-        launcher.send_signal(signal.SIGTERM)
-        output, _ = launcher.communicate(timeout=90)
-        assert "go on with:" in output
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        stopped = run_until_request(scorer, 60, signal.SIGTERM, [*torchrun, SCRIPT, *single[2:]], env=environment)
+        assert "go on with:" in stopped.stdout
         done = run_script(tiny_policy, scorer.url, prompts, run, **SETTINGS)
         assert done.returncode == 0, done.stderr
     assert_same_run(run, alone)

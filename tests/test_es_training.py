@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fake_scorer import FakeScorer
+from fake_scorer import FakeScorer, run_until_request
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -214,17 +213,15 @@ def test_a_finished_run_has_nothing_left_to_do(undisturbed, tiny_policy, prompts
 
 def test_kill_9_in_the_middle_of_an_iteration_changes_nothing(undisturbed, tiny_policy, prompts, tmp_path):
     run = tmp_path / "run"
-    enough = threading.Event()
 
     def answer(number, body):
         if number == 20:  # the fourth of five members of iteration 1
-            enough.set()
             time.sleep(60)
         return FakeScorer.scores(body)
 
     with FakeScorer(answer) as scorer:
         process = subprocess.Popen(command(tiny_policy, scorer.url, prompts, run), cwd=REPO, stdout=subprocess.DEVNULL)
-        assert enough.wait(60)
+        scorer.wait_for_request(20)
         deadline = time.monotonic() + 20  # the members before the one that hangs are kept as their scores come in
         while not (run / "members.0.jsonl").read_bytes() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -258,29 +255,12 @@ def test_kill_9_in_the_middle_of_an_iteration_changes_nothing(undisturbed, tiny_
 )
 def test_a_signal_saves_and_says_how_to_go_on(undisturbed, tiny_policy, prompts, tmp_path, number, code):
     run = tmp_path / "run"
-    enough = threading.Event()
-
-    def answer(request, body):
-        if request == 20:
-            enough.set()
-        time.sleep(0.02)
-        return FakeScorer.scores(body)
-
-    with FakeScorer(answer) as scorer:
-        process = subprocess.Popen(
-            command(tiny_policy, scorer.url, prompts, run),
-            cwd=REPO,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert enough.wait(60)
-        process.send_signal(number)
-        output, errors = process.communicate(timeout=60)
-        assert process.returncode == code, errors
-        assert "Traceback" not in errors
-        assert "go on with:" in output
-        assert "--experiment_dir" in output
+    with FakeScorer(pause=0.02) as scorer:
+        stopped = run_until_request(scorer, 20, number, command(tiny_policy, scorer.url, prompts, run))
+        assert stopped.returncode == code, stopped.stderr
+        assert "Traceback" not in stopped.stderr
+        assert "go on with:" in stopped.stdout
+        assert "--experiment_dir" in stopped.stdout
         again = run_script(tiny_policy, scorer.url, prompts, run)
         assert again.returncode == 0, again.stderr
     assert same_weights(run, undisturbed[0])

@@ -141,17 +141,15 @@ def test_ten_steps_are_five_a_stop_and_five(tiny_policy, prompts, tmp_path, proc
 @pytest.mark.slow
 def test_kill_9_costs_the_steps_since_the_last_checkpoint(undisturbed, tiny_policy, prompts, tmp_path):
     run = tmp_path / "run"
-    enough = threading.Event()
 
     def answer(number, body):
         if number == 6:  # in the fourth step
-            enough.set()
             time.sleep(60)
         return FakeScorer.scores(body)
 
     with FakeScorer(answer) as scorer:
         process = subprocess.Popen(command(tiny_policy, scorer.url, prompts, run), cwd=REPO, stdout=subprocess.DEVNULL)
-        assert enough.wait(120)
+        scorer.wait_for_request(6)
         process.kill()
         process.wait()
     (run / "checkpoints" / ".iteration_00004.99.tmp").mkdir()  # as a kill while saving leaves one

@@ -9,13 +9,11 @@ import importlib.util
 import os
 import signal
 import subprocess
-import threading
-import time
 
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_llama_config
-from fake_scorer import FakeScorer
+from fake_scorer import FakeScorer, run_until_request
 from test_es_training import REPO, command, same_weights, without_times
 
 from alignment.records import read_jsonl, write_jsonl
@@ -114,25 +112,12 @@ def test_low_rank_members_as_well(policy, prompts, tmp_path):
 @pytest.mark.slow
 def test_a_signal_saves_and_the_same_command_goes_on(with_transformers, policy, prompts, tmp_path):
     run = tmp_path / "run"
-    enough = threading.Event()
-
-    def answer(number, body):
-        if number == 12:
-            enough.set()
-        time.sleep(0.02)
-        return FakeScorer.scores(body)
-
-    with FakeScorer(answer) as scorer:
+    with FakeScorer(pause=0.02) as scorer:
         arguments = command(policy, scorer.url, prompts, run, **SETTINGS, engine="vllm")
         environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        process = subprocess.Popen(
-            arguments, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert enough.wait(200)
-        process.send_signal(signal.SIGTERM)
-        output, errors = process.communicate(timeout=100)
-        assert process.returncode == 128 + signal.SIGTERM, errors
-        assert "go on with:" in output
+        stopped = run_until_request(scorer, 12, signal.SIGTERM, arguments, timeout=200, env=environment)
+        assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+        assert "go on with:" in stopped.stdout
         done = run_script(policy, scorer.url, prompts, run, engine="vllm")
     assert done.returncode == 0, done.stderr
     assert_same_run(run, with_transformers)

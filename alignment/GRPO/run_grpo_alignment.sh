@@ -31,10 +31,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --array=0-1
-if [ ! -f slurm/common.sh ]; then
-    echo "error: run this from the repository root (now in $PWD)" >&2
-    exit 2
-fi
+[ -f slurm/common.sh ] || { echo "error: run this from the repository root (now in $PWD)" >&2; exit 2; }
 . slurm/common.sh
 begin_job
 

@@ -23,10 +23,7 @@
 # Further arguments go to recover_alpaca_weights.py.
 set -euo pipefail
 
-if [ ! -f slurm/common.sh ]; then
-    echo "error: run this from the repository root (now in $PWD)" >&2
-    exit 2
-fi
+[ -f slurm/common.sh ] || { echo "error: run this from the repository root (now in $PWD)" >&2; exit 2; }
 . slurm/common.sh
 load_site
 activate

@@ -18,10 +18,7 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-if [ ! -f slurm/common.sh ]; then
-    echo "error: run this from the repository root (now in $PWD)" >&2
-    exit 2
-fi
+[ -f slurm/common.sh ] || { echo "error: run this from the repository root (now in $PWD)" >&2; exit 2; }
 . slurm/common.sh
 begin_job
 echo "judged ratings on $(uname -n)"
