@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import torch
+from torch import library
 from torch.nn import functional
 
 try:
@@ -171,7 +172,7 @@ def expand(
 
 # torch.compile and CUDA graphs see one operation. The shared product comes last and is added to what members give, in its
 # float32 sums: so y is rounded once, as with the member's weights written out, and read and written no more than that.
-_library = torch.library.Library("alignment", "FRAGMENT")
+_library = library.Library("alignment", "FRAGMENT")
 _library.define(
     "member_linear(Tensor x, Tensor weight, Tensor? bias, Tensor right, Tensor left, Tensor slots, int[] parts) -> Tensor"
 )
@@ -192,11 +193,11 @@ _library.impl("member_linear", _member_linear, "CUDA")
 _library.impl("member_embedding", _member_embedding, "CUDA")
 
 
-@torch.library.register_fake("alignment::member_linear", lib=_library)
+@library.register_fake("alignment::member_linear", lib=_library)
 def _(x, weight, bias, right, left, slots, parts):
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-@torch.library.register_fake("alignment::member_embedding", lib=_library)
+@library.register_fake("alignment::member_embedding", lib=_library)
 def _(ids, weight, right, left, slots):
     return weight.new_empty((ids.shape[0], weight.shape[1]))
