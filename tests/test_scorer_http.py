@@ -293,15 +293,20 @@ def access_lines(caplog) -> list[dict]:
     return [json.loads(record.getMessage()) for record in caplog.records if record.name == "scorer.access"]
 
 
+def own_lines(caplog) -> list[dict]:
+    """Without that of the test before, which may come late."""
+    return [line for line in access_lines(caplog) if line["route"] != "/openapi.json"]
+
+
 def test_the_access_log_has_everything_but_the_texts(small, caplog):
     with caplog.at_level(logging.INFO, logger="scorer.access"):
         post(small[1], {"texts": ["a secret", "a secret"]})
         post(small[1], {"texts": ["a secret", None]})
         requests.get(small[1] + "/a secret?secret=secret", timeout=10)
         requests.get(small[1] + "/health", timeout=10)
-        until(lambda: len(access_lines(caplog)) == 3)
+        until(lambda: len(own_lines(caplog)) == 3)
     assert "secret" not in caplog.text
-    good, bad, unknown = access_lines(caplog)
+    good, bad, unknown = own_lines(caplog)
     assert (good["route"], good["status"], good["texts"], good["tokens"]) == ("/score_texts", 200, 2, 16)
     assert (good["client"], good["method"], good["repeated"]) == ("127.0.0.1", "POST", 1)
     assert good["seconds"] >= 0 and abs(good["time"] - time.time()) < 60
