@@ -6,13 +6,14 @@ import re
 from collections.abc import Sequence
 
 import torch
-from transformers import AutoConfig
 
 from alignment.conversation import get_template, load_tokenizer
 from alignment.distributed import Processes
 from alignment.errors import UserError
 from alignment.ES.settings import ESSettings
 from alignment.generation import Engine, TransformersEngine
+from alignment.generation.loading import read_policy_config, shapes_of
+from alignment.model_folder import resolve_folder
 
 
 def open_engine(settings: ESSettings, prompts: Sequence[str], processes: Processes) -> Engine:
@@ -51,18 +52,18 @@ def open_engine(settings: ESSettings, prompts: Sequence[str], processes: Process
 
 def _longest(settings: ESSettings, prompts: Sequence[str]) -> int:
     """Tokens that the longest prompt and its answer may have, at most what the model can."""
-    tokenizer = load_tokenizer(settings.policy_model_path)
+    folder = resolve_folder(settings.policy_model_path)
+    limit = read_policy_config(folder).max_position_embeddings
+    tokenizer = load_tokenizer(folder)
     template = get_template(settings.policy_template, tokenizer)
     longest = max(len(template.encode_prompt(tokenizer, prompt)) for prompt in prompts) + settings.max_new_tokens
-    return min(longest, AutoConfig.from_pretrained(settings.policy_model_path).max_position_embeddings)
+    return min(longest, limit)
 
 
 def _master_bytes(settings: ESSettings) -> int:
     """What the float32 master (weights.py, low_rank.py) takes of the GPU."""
-    from alignment.generation.vllm_engine import shapes_of
-
     if settings.master_device == "cpu" or settings.noise == "reference":
         return 0
-    shapes = shapes_of(AutoConfig.from_pretrained(settings.policy_model_path))
+    shapes = shapes_of(read_policy_config(resolve_folder(settings.policy_model_path)))
     everything = settings.trainable is None or settings.perturbation == "low_rank"
     return 4 * sum(shape.numel() for name, shape in shapes.items() if everything or re.search(settings.trainable, name))

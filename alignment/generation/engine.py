@@ -17,7 +17,9 @@ from transformers import GenerationConfig
 
 from alignment.conversation import Template, get_template, load_tokenizer
 from alignment.errors import UserError
+from alignment.generation.loading import check_vocabulary, read_policy_config
 from alignment.generation.members import LowRank
+from alignment.model_folder import resolve_folder
 from alignment.progress import progress_bar
 
 _CONTEXT_TOKENS = 8  # enough for a decoder to see that a response stands in the middle of a text
@@ -52,7 +54,11 @@ class Engine(ABC):
     members_at_once: int  # how many members one call of `generate_members` should get
 
     def __init__(self, model_path: str | Path, template: str, first_turn_only: bool, batch_size: int):
-        self.tokenizer = load_tokenizer(model_path)
+        """Raises UserError when the folder is not a whole policy; its weights are not loaded yet."""
+        self.folder = resolve_folder(model_path)
+        self.config = read_policy_config(self.folder)
+        self.tokenizer = load_tokenizer(self.folder)
+        check_vocabulary(self.folder, self.tokenizer, self.config)
         self.template = get_template(template, self.tokenizer)
         self.first_turn_only = first_turn_only
         self.batch_size = batch_size

@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from alignment.errors import UserError, first_line
-from alignment.model_folder import resolve_folder
+from alignment.model_folder import read_config, resolve_folder
 from alignment.scoring.checkpoint import copy_tensors
 
 EPSILON = 1e-8  # beside the standard deviation, as in Safe-RLHF's normalizers
@@ -225,11 +225,3 @@ def attention_mask(input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tens
     """(B, T) int64: 1 for the first `lengths[b]` tokens of row b."""
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     return (positions < lengths.to(input_ids.device)[:, None]).long()
-
-
-def read_config(folder: Path):
-    """The folder's transformers config. Raises UserError when there is none or it cannot be read."""
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except Exception as error:  # transformers raises many kinds; all mean the same to a user
-        raise UserError(f"{folder}/config.json: not a readable transformers config: {first_line(error)}") from error
