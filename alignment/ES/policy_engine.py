@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 
@@ -22,6 +23,12 @@ def open_engine(settings: ESSettings, prompts: Sequence[str], processes: Process
     Raises UserError, for vLLM before it loads anything when the weights, the master and a KV cache do not fit.
     """
     gpus = torch.cuda.device_count()
+    named, visible = settings.cuda_devices, os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named and (not gpus or (named == visible and gpus < len(named.split(",")))):
+        raise UserError(
+            f"cuda_devices is {named!r}, but PyTorch finds {gpus} GPU(s) there: name those that nvidia-smi lists, or leave "
+            "cuda_devices out to take what is there"
+        )
     common = {
         "template": settings.policy_template,
         "device": f"cuda:{processes.local_rank % gpus}" if gpus else "cpu",

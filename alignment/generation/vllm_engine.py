@@ -23,10 +23,11 @@ from transformers import GenerationConfig
 from alignment.device import find_device
 from alignment.errors import UserError
 from alignment.generation.engine import Engine, Generation, Sampling, complete
-from alignment.generation.loading import check_finite, check_headers, on_meta, shapes_of
+from alignment.generation.loading import check_headers, on_meta, shapes_of
 from alignment.generation.members import LowRank, linear_weights
 from alignment.generation.vllm_launch import placed_on
 from alignment.generation.vllm_members import answer_members
+from alignment.pretrained import check_finite
 
 # The model must live in this process, or its weights are out of reach. Read by vLLM when it is imported.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
