@@ -50,12 +50,22 @@ from alignment.prompts import iteration_prompts, text_hash
 from alignment.records import finite_or_none, read_json, read_jsonl, to_json, write_json, write_jsonl
 from alignment.runs import MetricsLog, StopSignal, atomic_directory
 from alignment.scoring.client import ScorerClient
+from alignment.scoring.scores import deciding as deciding_part
 
 UNPERTURBED = -1  # the member number of theta itself, which lambda and the training curve are taken from
 
 
 class _StoppedWaiting(Exception):
     """A signal came while a scoring thread waited for a scorer that is away."""
+
+
+def _iteration_of(checkpoint: Path) -> int:
+    """How many steps a checkpoint has taken. Raises UserError when its trainer_state.json does not say."""
+    path = checkpoint / "trainer_state.json"
+    state = read_json(path) if path.is_file() else None
+    if not isinstance(state, dict) or type(state.get("iteration")) is not int:
+        raise UserError(f"{path} does not say how many steps were taken")
+    return state["iteration"]
 
 
 class ESTrainer:
@@ -132,7 +142,7 @@ class ESTrainer:
             **self.settings.deciding(),
             "device": self.engine.device.type,
             "train_prompts": text_hash(self.train_prompts),
-            "scorer": self.scorer.identity(),
+            "scorer": deciding_part(self.scorer.identity()),
         }
         if self.low_rank:
             deciding["members_at_once"] = self.at_once
@@ -159,11 +169,16 @@ class ESTrainer:
             return
         begin = 0
         for checkpoint in sorted((self.folder / "checkpoints").glob("iteration_*"), reverse=True):
-            saved = read_json(checkpoint / "trainer_state.json")["iteration"]
-            if saved <= len(self.steps):
-                self.weights.load(checkpoint)
-                begin = saved
-                break
+            try:
+                saved = _iteration_of(checkpoint)
+                if saved <= len(self.steps):
+                    self.weights.load(checkpoint)
+                    begin = saved
+                    break
+            except UserError as error:
+                raise UserError(
+                    f"{error}. Remove that checkpoint: the same command goes on from an older one, or from the journal alone"
+                ) from error
         for step in self.steps[begin:]:
             self.weights.step(step["seeds"], step["coefficients"])
         self.weights.restore()

@@ -18,6 +18,7 @@ from alignment.ES.noise import noise
 from alignment.generation import Engine
 from alignment.generation.loading import load_policy
 from alignment.model_folder import open_safetensors, resolve_folder, weight_files
+from alignment.pretrained import check_finite
 
 try:
     # Not called kernels.py: a script's folder comes first on Python's path, and transformers imports a package `kernels`.
@@ -25,7 +26,6 @@ try:
 except ImportError:  # no Triton on this machine: the PyTorch path does it
     kernels = None
 
-_REMOVE = "remove that checkpoint: the same command goes on from an older one, or from the journal alone"
 KEPT_NOISE_BYTES = 2**28  # a small model's noise is drawn once a member, not again for the step
 
 
@@ -85,13 +85,12 @@ class MasterWeights:
                 for name in missing.intersection(file.keys()):
                     saved, own = file.get_tensor(name), self.master[name]
                     if saved.shape != own.shape:
-                        raise UserError(
-                            f"{path}: {name} is {tuple(saved.shape)}, this run's {tuple(own.shape)}; {_REMOVE}"
-                        )
+                        raise UserError(f"{path}: {name} is {tuple(saved.shape)}, this run's {tuple(own.shape)}")
+                    check_finite(path, {name: saved})
                     own.copy_(saved)
                     missing.discard(name)
         if missing:
-            raise UserError(f"{folder} lacks the tensor {min(missing)} ({len(missing)} in all); {_REMOVE}")
+            raise UserError(f"{folder} lacks the tensor {min(missing)} ({len(missing)} in all)")
 
     def hash(self) -> str:
         """SHA-256 over names, shapes and bytes of the master: what a run's base weights are known by."""

@@ -22,10 +22,17 @@ from pathlib import Path
 
 from alignment.config import as_yaml
 from alignment.errors import UserError, run_main
-from alignment.GRPO.checkpoints import check_same_run, newest_checkpoint, step_of
+from alignment.GRPO.checkpoints import (
+    check_same_run,
+    check_weights,
+    check_whole,
+    deciding_of,
+    newest_checkpoint,
+    step_of,
+)
 from alignment.GRPO.settings import load_settings
 from alignment.prompts import draw_rows, text_hash
-from alignment.records import load_prompts, read_json, write_json
+from alignment.records import load_prompts, write_json
 
 EXIT_STOPPED = 128  # plus the signal's number, as shells do
 
@@ -39,12 +46,22 @@ def main() -> int:
     begun = (folder / "manifest.json").exists()
     if begun and not settings.resume:
         raise UserError(f"{folder} holds a run already: give another --output_dir, or leave out --resume false")
-    begun_with = read_json(folder / "manifest.json")["deciding"] if begun else {}
+    begun_with = deciding_of(folder) if begun else {}
+    checkpoint = newest_checkpoint(folder)
     if begun:
         check_same_run(begun_with, settings.deciding(), folder)
-        if step_of(newest_checkpoint(folder)) >= settings.max_steps and (folder / "final").exists():
+        if step_of(checkpoint) >= settings.max_steps and (folder / "final").exists():
             print(f"{folder} is finished; a larger --max_steps would go on with it")
             return 0
+    if checkpoint is not None:
+        if not begun:
+            raise UserError(
+                f"{folder} holds checkpoints but no manifest.json: what run is that? Give another --output_dir"
+            )
+        check_whole(checkpoint, int(os.environ.get("WORLD_SIZE", 1)))
+    drawn = [row[settings.prompt_key] for row in draw_rows(train_rows, settings.max_samples)]
+    held_out = [row[settings.prompt_key] for row in draw_rows(held_out_rows, settings.eval_samples)]
+    settings.check_enough(drawn)
 
     # torch and the models only now, so that a mistake in the settings is told at once.
     warnings.filterwarnings(
@@ -59,6 +76,7 @@ def main() -> int:
     from alignment.lagrangian import LagrangeMultiplier
     from alignment.runs import StopSignal, write_run_files
     from alignment.scoring.client import ScorerClient
+    from alignment.scoring.scores import deciding as deciding_part
 
     with StopSignal() as stop:
         args = trl_config(settings, folder)
@@ -76,15 +94,16 @@ def main() -> int:
             first_turn_only=settings.first_turn_only,
             batch_size=settings.eval_batch_size,
         )
-        drawn = [row[settings.prompt_key] for row in draw_rows(train_rows, settings.max_samples)]
         prompts = prompts_that_fit(engine, drawn, settings.max_prompt_length)
-        held_out = [row[settings.prompt_key] for row in draw_rows(held_out_rows, settings.eval_samples)]
+        settings.check_enough(prompts)
+        engine.check_room(prompts, settings.max_completion_length, settings.train_jsonl)
+        engine.check_room(held_out, settings.max_completion_length, settings.eval_jsonl)
         deciding = settings.deciding() | {
             "processes": args.world_size,
             "device": args.device.type,
             "base_weights": engine.weights_hash(),
             "train_prompts": text_hash(prompts),
-            "scorer": scorer.identity(),
+            "scorer": deciding_part(scorer.identity()),
         }
         if begun:
             check_same_run(begun_with, deciding, folder)
@@ -97,6 +116,8 @@ def main() -> int:
             run_order(prompts, settings.prompts_per_step, settings.max_steps, settings.seed),
             peft_config=adapter_config(settings),
         )
+        if checkpoint is not None:
+            check_weights(checkpoint, trainer.accelerator.unwrap_model(trainer.model))
         main_process = trainer.accelerator.is_main_process
         trainer.accelerator.wait_for_everyone()  # all have seen whether the run was there
         if main_process:

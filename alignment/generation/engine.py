@@ -171,19 +171,22 @@ class Engine(ABC):
         Neighbours of similar length share one: little padding, by a rule of the prompts alone.
         """
         size = size or self.batch_size
-        encoded = [self.template.encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        self._check_room(encoded, max_new_tokens)
+        encoded = self.check_room(prompts, max_new_tokens)
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         starts = range(0, len(order), size)
         return [{index: encoded[index] for index in order[start : start + size]} for start in starts]
 
-    def _check_room(self, encoded: list[list[int]], max_new_tokens: int) -> None:
-        for index, ids in enumerate(encoded):
+    def check_room(self, prompts: Sequence[str], max_new_tokens: int, source: str = "") -> list[list[int]]:
+        """The ids of each prompt. Raises UserError, which names the `source` of the prompts, for one without room to answer."""
+        encoded = [self.template.encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
             if self.context is not None and len(ids) + max_new_tokens > self.context:
+                named = f"{source}: the prompt {prompt!r:.60}" if source else f"prompt {index + 1}"
                 raise UserError(
-                    f"prompt {index + 1} has {len(ids)} tokens; with max_new_tokens {max_new_tokens} that is more than the "
-                    f"model's context of {self.context}: leave that prompt out or lower max_new_tokens"
+                    f"{named} has {len(ids)} tokens; with max_new_tokens {max_new_tokens} that is more than the model's "
+                    f"context of {self.context}: leave that prompt out, or allow fewer new tokens"
                 )
+        return encoded
 
 
 def complete(config: GenerationConfig, tokenizer: object, template: Template) -> GenerationConfig:

@@ -191,8 +191,7 @@ class VLLMEngine(Engine):
         """All requests of all members share the batches; more than `members_at_once` members follow one another."""
         if self._slots is None:
             raise UserError("this engine has no room for low-rank members: it was started with members_at_once 0")
-        encoded = [self.template.encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        self._check_room(encoded, max_new_tokens)
+        encoded = self.check_room(prompts, max_new_tokens)
         answers: list[dict[int, Generation]] = [{} for _ in members]
 
         def on_tokens(member: int, index: int, tokens: list[int]) -> None:
