@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import pickle
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,7 +123,7 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
 
     _refuse_pointer(file)
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise UserError(f"{file}: refused, it holds more than tensors and could run code when loaded") from error
     except (RuntimeError, EOFError, OSError) as error:

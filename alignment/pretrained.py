@@ -21,8 +21,10 @@ from alignment.model_folder import some_keys, tensor_shapes
 CONFIG_ERRORS = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, ZeroDivisionError)
 
 
-def load_whole(kind: type, folder: Path, dtype: torch.dtype, other_heads: bool = False) -> PreTrainedModel:
-    """The model in `folder` as the auto class `kind` loads it, on the CPU.
+def load_whole(
+    kind: type, folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", other_heads: bool = False
+) -> PreTrainedModel:
+    """The model in `folder` as the auto class `kind` loads it, on `device`, in eval mode.
 
     With `other_heads`, tensors outside the backbone that the model has no place for are passed over: a value head beside a
     policy does not change what it writes. Raises UserError naming the folder and the tensors that do not fit.
@@ -45,6 +47,7 @@ def load_whole(kind: type, folder: Path, dtype: torch.dtype, other_heads: bool =
         unexpected=[key for key in info["unexpected_keys"] if not other_heads or key.startswith(backbone)],
         misshapen=[misshapen(*mismatch) for mismatch in info["mismatched_keys"]],
     )
+    model.to(device).eval()
     check_finite(folder, model.state_dict())
     return model
 

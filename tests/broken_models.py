@@ -74,6 +74,12 @@ def _malicious_old_format(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({LAYER: _RunsCode(ran(folder))}, protocol=2))
 
 
+def _truncated_bin(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+    os.truncate(folder / "pytorch_model.bin", (folder / "pytorch_model.bin").stat().st_size // 2)
+
+
 def _no_state_dict(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     torch.save([torch.ones(2)], folder / "pytorch_model.bin")
@@ -122,6 +128,7 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "malicious bin": (_malicious, ("pytorch_model.bin", "could run code")),
     "malicious bin of the old format": (_malicious_old_format, ("pytorch_model.bin", "could run code")),
+    "truncated bin": (_truncated_bin, ("pytorch_model.bin", "damaged")),
     "bin without names": (_no_state_dict, ("pytorch_model.bin", "expected tensors by name")),
     "no tokenizer": (_without_tokenizer, ("no tokenizer could be loaded",)),
     "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), ("no tokenizer could be loaded",)),

@@ -206,6 +206,15 @@ def test_nothing_is_rebuilt_from_a_damaged_journal(tiny_policy, es_run, tmp_path
     assert not (tmp_path / "rebuilt").exists()
 
 
+def test_a_journal_without_the_settings_that_a_step_needs(tiny_policy, es_run, tmp_path):
+    journal = Path(shutil.copy(es_run / "journal.jsonl", tmp_path))
+    edit_line(journal, 0, lambda row: row["settings"].pop("trainable") and None)
+    flags = ["--journal", journal, "--policy_model_path", tiny_policy, "--output", tmp_path / "rebuilt"]
+    assert "journal.jsonl:1: the settings of the run lack trainable" in refused(
+        "alignment/ES/rebuild_checkpoint.py", *flags
+    )
+
+
 def test_a_journal_that_is_not_there(tiny_policy, prompts, scorer, es_run, tmp_path):
     flags = ["--journal", tmp_path / "none.jsonl", "--policy_model_path", tiny_policy, "--output", tmp_path / "rebuilt"]
     assert "none.jsonl" in refused("alignment/ES/rebuild_checkpoint.py", *flags)

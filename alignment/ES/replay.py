@@ -9,6 +9,8 @@ from alignment.ES.journal import read_journal
 from alignment.ES.weights import MasterWeights, open_weights
 from alignment.generation import Engine
 
+_NEEDED = {"noise", "trainable", "lora_rank", "global_seed"}
+
 
 def replay(engine: Engine, base: str, path: Path, iteration: int | None = None) -> tuple[MasterWeights, list[dict]]:
     """The weights after `iteration` steps (default: all) of the journal at `path`, and the rows of those steps.
@@ -18,6 +20,10 @@ def replay(engine: Engine, base: str, path: Path, iteration: int | None = None) 
     """
     start, steps = read_journal(path)
     settings = start["settings"]
+    if lacking := _NEEDED - settings.keys():
+        raise UserError(
+            f"{path}:1: the settings of the run lack {', '.join(sorted(lacking))}: was the file edited by hand?"
+        )
     if iteration is not None and iteration > len(steps):
         raise UserError(f"{path} has {len(steps)} steps, fewer than {iteration}")
     if settings["noise"] == "reference":

@@ -34,9 +34,9 @@ def check_vocabulary(folder: Path, tokenizer, config: PretrainedConfig) -> None:
         )
 
 
-def load_policy(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model in `folder`, on the CPU. Raises UserError naming the tensors that do not fit."""
-    return load_whole(AutoModelForCausalLM, folder, dtype, other_heads=True)
+def load_policy(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The causal language model in `folder`, in eval mode. Raises UserError naming the tensors that do not fit."""
+    return load_whole(AutoModelForCausalLM, folder, dtype, device, other_heads=True)
 
 
 def check_headers(folder: Path, config: PretrainedConfig) -> None:

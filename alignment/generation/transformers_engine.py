@@ -38,7 +38,7 @@ class TransformersEngine(Engine):
         super().__init__(model_path, template, first_turn_only, batch_size)
         if dtype == "auto":
             dtype = "float32" if self.device.type == "cpu" else "bfloat16"
-        self.model = load_policy(self.folder, getattr(torch, dtype)).to(self.device).eval()
+        self.model = load_policy(self.folder, getattr(torch, dtype), self.device)
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.members_at_once = min(MEMBERS_AT_ONCE, batch_size)
         self.model.generation_config = complete(self.model.generation_config, self.tokenizer, self.template)

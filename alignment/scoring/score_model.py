@@ -159,8 +159,8 @@ class SequenceClassifier(nn.Module):
         labels = read_config(folder).num_labels
         if labels != 1:
             raise UserError(f"{folder}: the classifier has {labels} labels, expected 1: one score a text")
-        model = load_whole(AutoModelForSequenceClassification, folder, dtype)
-        return cls(model.to(device)).eval().requires_grad_(False)
+        model = load_whole(AutoModelForSequenceClassification, folder, dtype, device)
+        return cls(model).eval().requires_grad_(False)
 
 
 class SafeRlhfScore(nn.Module):
