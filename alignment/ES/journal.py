@@ -37,6 +37,8 @@ class Journal:
             self._file.append({"kind": "start", "base_weights": base_weights, "settings": settings})
         start, self.steps = read_journal(path)
         _check_start(path, start, base_weights, settings)
+        for number, step in enumerate(self.steps, start=2):
+            _check_state(f"{path}:{number}", step)
 
     def add_step(self, row: dict) -> None:
         self._file.append({"kind": "step", **row})
@@ -63,14 +65,19 @@ def read_journal(path: Path) -> tuple[dict, list[dict]]:
 
 
 def _check_step(where: str, step: dict) -> None:
-    """Whether the weights and lambda can be taken from it."""
-    seeds, coefficients, state = step["seeds"], step["coefficients"], step.get("lambda_state")
+    """Raises UserError when the weights cannot be taken from it."""
+    seeds, coefficients = step["seeds"], step["coefficients"]
     if len(seeds) != len(coefficients) or not all(type(seed) is int for seed in seeds):
         raise UserError(f"{where}: expected whole numbers as seeds, and a coefficient for each")
     if not all(type(factor) in (int, float) and math.isfinite(factor) for factor in coefficients):
         raise UserError(f"{where}: a coefficient is not a finite number")
-    if not isinstance(state, dict) or type(state.get("value")) not in (int, float):
-        raise UserError(f"{where}: the step has no lambda_state with a value")
+
+
+def _check_state(where: str, step: dict) -> None:
+    """Raises UserError when a run cannot go on from it."""
+    state = step.get("lambda_state")
+    if not isinstance(state, dict) or type(state.get("value")) not in (int, float) or "cost_ema" not in state:
+        raise UserError(f"{where}: the step has no lambda_state with value and cost_ema")
     if not isinstance(step.get("metrics"), dict):
         raise UserError(f"{where}: the step has no metrics")
 

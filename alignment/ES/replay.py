@@ -10,6 +10,7 @@ from alignment.ES.weights import MasterWeights, open_weights
 from alignment.generation import Engine
 
 _NEEDED = {"noise", "trainable", "lora_rank", "global_seed"}
+_LOW_RANK = {"rank", "device"}
 
 
 def replay(engine: Engine, base: str, path: Path, iteration: int | None = None) -> tuple[MasterWeights, list[dict]]:
@@ -20,7 +21,8 @@ def replay(engine: Engine, base: str, path: Path, iteration: int | None = None) 
     """
     start, steps = read_journal(path)
     settings = start["settings"]
-    if lacking := _NEEDED - settings.keys():
+    needed = _NEEDED | (_LOW_RANK if settings.get("perturbation") == "low_rank" else set())
+    if lacking := needed - settings.keys():
         raise UserError(
             f"{path}:1: the settings of the run lack {', '.join(sorted(lacking))}: was the file edited by hand?"
         )
