@@ -2,7 +2,7 @@
 
     python bench/es_iteration.py --lengths FILE.csv
     python bench/es_iteration.py --lengths FILE.csv --gpus 1 2 --members 7 --iterations 3
-    python bench/es_iteration.py --lengths FILE.csv --gpus 1 2 4 --iterations 3 --folder /dev/shm/es --at_once
+    python bench/es_iteration.py --lengths FILE.csv --gpus 1 2 4 --iterations 3 --folder /dev/shm/es
 
 ESTrainer and the engine of alignment/ES/policy_engine.py run as in training, on random weights (made first, 16 bit, 2 bytes a
 parameter in --folder) and with two stand-ins. Answers have the lengths of FILE.csv (rows "prompt,response" in tokens, one
@@ -15,8 +15,8 @@ The published way is put together from its parts, measured in the same run: a GP
 scores of all GPUs' members and takes the noise away again, member after member; the step is one noise pass a seed. (Its
 answers and scores come at the speed of ours, and its policy is not answered.)
 
-With --folder what was measured stays there, and a later call with more --gpus compares itself with it. With --at_once runs
-share the machine, each on GPUs of its own, as long as there are enough. The last line is JSON.
+With --folder the weights and what was measured stay there: a later call with more --gpus measures those alone and compares. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -239,7 +238,6 @@ def main() -> None:
     )
     parser.add_argument("--alone", type=int, default=5, help="how often generation alone is measured")
     parser.add_argument("--folder", help="kept, with the weights and what was measured; default: a temporary one")
-    parser.add_argument("--at_once", action="store_true", help="runs beside one another where there are GPUs enough")
     parser.add_argument("--words", type=int, default=32001, help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--part", choices=["work", "policy"], help=argparse.SUPPRESS)
@@ -258,26 +256,22 @@ def main() -> None:
 
 def compare(options: argparse.Namespace, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    itself = [sys.executable, __file__, *sys.argv[1:], "--inside"]
+    itself = [__file__, *sys.argv[1:], "--inside"]
     if not (folder / "policy" / "model.safetensors.index.json").exists():
         np.savetxt(folder / "lengths.csv", draw_lengths(options.lengths, options.prompts), fmt="%d", delimiter=",")
         (folder / "policy").mkdir(exist_ok=True)
         start = time.perf_counter()
-        subprocess.run([*itself, str(folder / "policy"), "--part", "policy"], check=True)
+        subprocess.run([sys.executable, *itself, str(folder / "policy"), "--part", "policy"], check=True)
         print(f"random weights made in {time.perf_counter() - start:.0f} s", flush=True)
     found: dict = {"device": device_name()}
-    todo = [count for count in options.gpus if not (folder / f"gpus{count}" / "result.json").exists()]
-    while todo:
-        running, free = [], torch.cuda.device_count() if options.at_once else 0
-        while todo and (not running or todo[0] <= free):
-            count = todo.pop(0)
-            running.append(start_run(options, folder, count, first_gpu=torch.cuda.device_count() - free))
-            free -= count
-        for process in running:
-            if process.wait():
-                sys.exit(f"a run failed with exit code {process.returncode}; its words are above")
     for count in options.gpus:
-        found[str(count)] = read_json(folder / f"gpus{count}" / "result.json")
+        run = folder / f"gpus{count}"
+        if not (run / "result.json").exists():
+            shutil.rmtree(run, ignore_errors=True)
+            run.mkdir()
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
+            subprocess.run([sys.executable, *launcher, *itself, str(run), "--part", "work"], check=True)
+        found[str(count)] = read_json(run / "result.json")
         show(found["device"], count, found[str(count)], options)
     first, *others = options.gpus
     base = found[str(first)]
@@ -291,19 +285,6 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
             f"weights' hash equal: {base['hashes'][0] == one['hashes'][0]}"
         )
     print(json.dumps(found))
-
-
-def start_run(options: argparse.Namespace, folder: Path, count: int, first_gpu: int) -> subprocess.Popen:
-    """A run on `count` GPUs; with --at_once on those from `first_gpu` on."""
-    run = folder / f"gpus{count}"
-    shutil.rmtree(run, ignore_errors=True)
-    run.mkdir()
-    environment = dict(os.environ)
-    if options.at_once and torch.cuda.is_available():
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first_gpu, first_gpu + count)))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
-    command = [sys.executable, *launcher, __file__, *sys.argv[1:], "--inside", str(run), "--part", "work"]
-    return subprocess.Popen(command, env=environment)
 
 
 def show(device: str, count: int, found: dict, options: argparse.Namespace) -> None:
