@@ -23,7 +23,7 @@ from collections.abc import Iterator
 
 import torch
 
-from alignment.scoring.packed import PackedForward
+from alignment.scoring.packed import PackedForward, to_device
 from alignment.scoring.score_model import ScoreModel
 
 WIDTH_STEP = 16
@@ -78,7 +78,9 @@ class BatchScorer:
             batches = self._fixed_batches if self.deterministic else self._full_batches
             for batch, width, rows in batches(different):
                 scores[[places[text] for text in batch]] = self._forward(batch, width, rows)
-        return scores[[places[text] for text in texts]]
+        return scores.index_select(
+            0, to_device(torch.tensor([places[text] for text in texts], dtype=torch.long), self.device)
+        )
 
     def rows_for(self, width: int) -> tuple[int, ...]:
         """The numbers of rows, largest first, with which a batch of this width gives every text the same bits."""
