@@ -35,6 +35,7 @@ from transformers import LlamaConfig
 from alignment.config import script_parser
 from alignment.demo.data import demo_data
 from alignment.demo.vocabulary import train_tokenizer
+from alignment.errors import run_main
 from alignment.scoring.client import ScorerClient
 from alignment.scoring.flops import llama_flops
 from alignment.scoring.http_app import build_app
@@ -202,7 +203,7 @@ def idle_times(spans: list[tuple[float, float]], took: float) -> dict[str, float
     }
 
 
-def main() -> None:
+def main() -> int:
     parser = script_parser(__doc__)
     parser.add_argument("--lengths", help="CSV of prompt and response lengths; default lognormal around 300")
     parser.add_argument("--texts", type=int, default=1024, help="texts to score")
@@ -280,7 +281,8 @@ def main() -> None:
         torch._dynamo.reset()
         torch.cuda.empty_cache()
     print(json.dumps(result))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
