@@ -203,7 +203,7 @@ def idle_times(spans: list[tuple[float, float]], took: float) -> dict[str, float
     }
 
 
-def main() -> int:
+def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--lengths", help="CSV of prompt and response lengths; default lognormal around 300")
     parser.add_argument("--texts", type=int, default=1024, help="texts to score")
@@ -281,7 +281,6 @@ def main() -> int:
         torch._dynamo.reset()
         torch.cuda.empty_cache()
     print(json.dumps(result))
-    return 0
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_a_bfloat16_score_keeps_its_quadrant_whatever_its_batch_mates(scorer, ca
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # all was compiled at the start
 
 
-def test_a_round_is_queued_without_waiting_for_the_gpu(scorer, cases):
+def check_that_nothing_waits(scorer, cases):
     conversations = [scorer.encode(*pair) for pair in zip(*cases, strict=True)]
     expected = scorer.score_encoded(conversations)
     torch.cuda.synchronize()
@@ -72,6 +72,10 @@ def test_a_round_is_queued_without_waiting_for_the_gpu(scorer, cases):
     print(f"two rounds of {len(conversations)} texts queued in {1e3 * seconds:.0f} ms")
     assert not arrived
     assert [one.result() for one in pending] == [expected] * 2
+
+
+def test_a_round_is_queued_without_waiting_for_the_gpu(scorer, cases):
+    check_that_nothing_waits(scorer, cases)
 
 
 def test_a_worker_that_runs_ahead_gives_the_scorers_scores(scorer, cases):
@@ -103,4 +107,5 @@ def test_float8_says_what_it_does_to_scores(goldens, scorer, cases):
     assert figures["texts"] == 24 and 0 < figures["reward_mean"] <= figures["reward_max"]
     assert deciding(small.identity()) == scorer.identity() | {"fp8": True}
     print(figures)
+    check_that_nothing_waits(small, cases)
     assert np.abs(small.score(*cases).rewards - scorer.score(*cases).rewards).max() < 20 * figures["reward_max"]

@@ -144,9 +144,10 @@ class LocalScorer:
             if scorer.packed is not None:
                 scorer.packed.warm_up()
         # Tokens of a round, when the next one can be queued behind it; None where nothing is gained by that: on a CPU, and
-        # where a forward waits for the GPU anyway.
+        # where a forward waits for the GPU anyway (with padding, and packed in float32).
         all_packed = all(scorer.packed is not None for scorer in self._models)
-        self.round_tokens = QUEUED_TOKENS if self.device.type == "cuda" and all_packed else None
+        runs_ahead = self.device.type == "cuda" and all_packed and self.dtype != "float32"
+        self.round_tokens = QUEUED_TOKENS if runs_ahead else None
 
     def identity(self) -> dict:
         """What decides a score: models, weights, dtype, template, settings."""

@@ -65,15 +65,13 @@ class PackedForward:
 
     @torch.inference_mode()
     def score(self, texts: Sequence[tuple[int, ...]]) -> torch.Tensor:
-        """End scores (N,) float32 of N texts given as token ids, in their order.
+        """End scores (N,) float32 of N >= 1 texts given as token ids, in their order.
 
         Raises ValueError for a text that has no token or more than `max_length`: attention would stop in its midst.
         """
         for index, text in enumerate(texts):
             if not 0 < len(text) <= self.max_length:
                 raise ValueError(f"text {index} has {len(text)} tokens, expected 1 to {self.max_length}")
-        if not texts:
-            return torch.empty(0, device=self.device)
         groups = batches([len(text) for text in texts])
         scores = torch.cat([self._batch([texts[row] for row in rows]) for rows in groups])  # (N,), batch by batch
         places = torch.tensor([row for rows in groups for row in rows]).argsort()  # (N,) of each text in `scores`
