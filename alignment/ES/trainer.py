@@ -50,6 +50,7 @@ from alignment.prompts import iteration_prompts, text_hash
 from alignment.records import finite_or_none, read_json, read_jsonl, to_json, write_json, write_jsonl
 from alignment.runs import MetricsLog, StopSignal, atomic_directory
 from alignment.scoring.client import ScorerClient
+from alignment.scoring.scores import deciding as deciding_part
 
 UNPERTURBED = -1  # the member number of theta itself, which lambda and the training curve are taken from
 
@@ -132,7 +133,7 @@ class ESTrainer:
             **self.settings.deciding(),
             "device": self.engine.device.type,
             "train_prompts": text_hash(self.train_prompts),
-            "scorer": self.scorer.identity(),
+            "scorer": deciding_part(self.scorer.identity()),
         }
         if self.low_rank:
             deciding["members_at_once"] = self.at_once

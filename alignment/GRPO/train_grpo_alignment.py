@@ -59,6 +59,7 @@ def main() -> int:
     from alignment.lagrangian import LagrangeMultiplier
     from alignment.runs import StopSignal, write_run_files
     from alignment.scoring.client import ScorerClient
+    from alignment.scoring.scores import deciding as deciding_part
 
     with StopSignal() as stop:
         args = trl_config(settings, folder)
@@ -84,7 +85,7 @@ def main() -> int:
             "device": args.device.type,
             "base_weights": engine.weights_hash(),
             "train_prompts": text_hash(prompts),
-            "scorer": scorer.identity(),
+            "scorer": deciding_part(scorer.identity()),
         }
         if begun:
             check_same_run(begun_with, deciding, folder)

@@ -31,7 +31,7 @@ import numpy as np
 from alignment.errors import UserError
 from alignment.scoring.connection import FIRST_PAUSE, IDENTITY_HEADER, LONGEST_PAUSE, Endpoint, Retry
 from alignment.scoring.discovery import ScorerNotFound, find_from_environment, read_secret
-from alignment.scoring.scores import Scores
+from alignment.scoring.scores import Scores, deciding
 
 HEALTH_TIMEOUT = 10.0  # seconds: /health answers at once, also while the service scores
 SAY_AFTER, SAY_EVERY = 5.0, 60.0  # seconds until the first and between lines about waiting, where nobody else shows it
@@ -197,8 +197,8 @@ class ScorerClient:
         if not isinstance(identity, dict):
             raise UserError(f"{endpoint.url}/health names no identity: is that a scorer of this project?")
         with self._lock:
-            if self._identity is not None and self._identity != identity:
-                changes = difference(self._identity, identity)
+            if self._identity is not None and deciding(self._identity) != deciding(identity):
+                changes = difference(deciding(self._identity), deciding(identity))
                 raise UserError(f"scorer {endpoint.url}: {changes}; the run began with the former")
             self._identity = identity
             endpoint.identity_hash, endpoint.verified = headers.get(IDENTITY_HEADER), True

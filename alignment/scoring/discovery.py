@@ -33,6 +33,7 @@ import requests
 from alignment.config import script_parser
 from alignment.errors import UserError, run_main
 from alignment.records import read_json, write_json
+from alignment.scoring.scores import deciding
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 HEALTH_SECONDS = 5.0
@@ -177,7 +178,7 @@ def find_scorer(
     for address, state in zip(addresses, states, strict=True):
         if state.name == "silent":
             others.append(f"{address.where()}: {state.reason}{stale_hint(address)}")
-        elif expected_identity is None or contains(state.identity, expected_identity):
+        elif expected_identity is None or contains(state.identity, deciding(expected_identity)):
             found.append(replace(address, identity=state.identity))
         else:
             others.append(f"{address.where()}: {'still loading' if state.identity is None else 'another identity'}")

@@ -8,6 +8,14 @@ from typing import Protocol
 
 import numpy as np
 
+# What an identity says of measurements: they differ a little from card to card and decide nothing.
+MEASURED = ("fp8_error",)
+
+
+def deciding(identity: dict) -> dict:
+    """What decides a score, of an identity: all but MEASURED. Two scorers are the same when these are equal."""
+    return {key: value for key, value in identity.items() if key not in MEASURED}
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -43,7 +51,7 @@ class Scorer(Protocol):
     """ScorerClient and LocalScorer."""
 
     def identity(self) -> dict:
-        """What decides a score: models, weights, dtype, template, settings."""
+        """What decides a score: models, weights, dtype, template, settings; and MEASURED."""
 
     def score(self, prompts: list[str], responses: list[str], finished: list[bool] | None = None) -> Scores:
         """Scores of N responses, in order. `finished` says which end with EOS; all do by default."""
