@@ -2,6 +2,7 @@
 
     python bench/es_iteration.py --lengths FILE.csv
     python bench/es_iteration.py --lengths FILE.csv --gpus 1 2 --members 7 --iterations 3
+    python bench/es_iteration.py --lengths FILE.csv --gpus 1 2 4 --iterations 3 --folder /dev/shm/es
 
 ESTrainer and the engine of alignment/ES/policy_engine.py run as in training, on random weights (made first, 16 bit, 2 bytes a
 parameter in --folder) and with two stand-ins. Answers have the lengths of FILE.csv (rows "prompt,response" in tokens, one
@@ -9,7 +10,12 @@ for each of the --prompts), whatever the weights. The scorer of all processes ta
 models on an H100, docs/LOG.md) and gives scores that hang on iteration, member and prompt alone, so that every number of GPUs
 must end in the same weights. Nothing is saved.
 
-The limit is generation alone: the time of one member's answers times members + 1 (the policy itself is answered as well). The
+The limit is generation alone: the time of one member's answers times members + 1 (the policy itself is answered as well).
+The published way is put together from its parts, measured in the same run: a GPU perturbs in place, answers, waits for the
+scores of all GPUs' members and takes the noise away again, member after member; the step is one noise pass a seed. (Its
+answers and scores come at the speed of ours, and its policy is not answered.)
+
+With --folder the weights and what was measured stay there: a later call with more --gpus measures those alone and compares. The
 last line is JSON.
 """
 
@@ -18,12 +24,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +146,9 @@ def work(options: argparse.Namespace) -> None:
     hashes = processes.gather(trainer.weights.hash())
     everyones = processes.gather(trainer.answers)
     memory = _memory(engine.device)
+    published = statistics.median(
+        _seconds(lambda: published_pass(engine)) for _ in range(3)
+    )  # the weights are of no use now
     if processes.is_main:
         write_jsonl(
             run / "answers.jsonl", sorted(sum(everyones, []), key=lambda row: (row["iteration"], row["member"]))
@@ -148,6 +159,7 @@ def work(options: argparse.Namespace) -> None:
             "master_and_base_hash": prepared - loaded,
             "prompt_tokens": sum(map(len, encoded)),
             "member_alone": statistics.median(alone),
+            "published_pass": published,
             "iterations": [row["seconds"] for row in steps],
             "tokens": int(lengths[:, 1].sum()) * (options.members + 1),
             "hashes": hashes,
@@ -158,7 +170,16 @@ def work(options: argparse.Namespace) -> None:
     processes.close()
 
 
-def _seconds(work) -> float:
+def published_pass(engine: vllm_engine.VLLMEngine) -> None:
+    """One seed's noise added in place, in the weights' dtype."""
+    for tensor in engine.parameters().values():
+        generator = torch.Generator(tensor.device).manual_seed(7)
+        tensor.add_(0.001 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype, device=tensor.device))
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -216,7 +237,7 @@ def main() -> None:
         "--master_device", choices=["auto", "cpu"], default="auto", help="where the float32 master lies"
     )
     parser.add_argument("--alone", type=int, default=5, help="how often generation alone is measured")
-    parser.add_argument("--folder", help="for the random weights; default: the system's for temporary files")
+    parser.add_argument("--folder", help="kept, with the weights and what was measured; default: a temporary one")
     parser.add_argument("--words", type=int, default=32001, help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--part", choices=["work", "policy"], help=argparse.SUPPRESS)
@@ -226,28 +247,32 @@ def main() -> None:
         work(options)
     elif options.part == "policy":
         make_policy(Path(options.inside), options)
+    elif options.folder:
+        compare(options, Path(options.folder))
     else:
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        with tempfile.TemporaryDirectory() as folder:
             compare(options, Path(folder))
 
 
 def compare(options: argparse.Namespace, folder: Path) -> None:
-    lengths = draw_lengths(options.lengths, options.prompts)
-    np.savetxt(folder / "lengths.csv", lengths, fmt="%d", delimiter=",")
-    (folder / "policy").mkdir()
-    start = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
     itself = [__file__, *sys.argv[1:], "--inside"]
-    subprocess.run([sys.executable, *itself, str(folder / "policy"), "--part", "policy"], check=True)
+    if not (folder / "policy" / "model.safetensors.index.json").exists():
+        np.savetxt(folder / "lengths.csv", draw_lengths(options.lengths, options.prompts), fmt="%d", delimiter=",")
+        (folder / "policy").mkdir(exist_ok=True)
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *itself, str(folder / "policy"), "--part", "policy"], check=True)
+        print(f"random weights made in {time.perf_counter() - start:.0f} s", flush=True)
     found: dict = {"device": device_name()}
-    print(f"random weights made in {time.perf_counter() - start:.0f} s", flush=True)
     for count in options.gpus:
         run = folder / f"gpus{count}"
-        run.mkdir()
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
-        start = time.perf_counter()
-        subprocess.run([sys.executable, *launcher, *itself, str(run), "--part", "work"], check=True)
+        if not (run / "result.json").exists():
+            shutil.rmtree(run, ignore_errors=True)
+            run.mkdir()
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
+            subprocess.run([sys.executable, *launcher, *itself, str(run), "--part", "work"], check=True)
         found[str(count)] = read_json(run / "result.json")
-        show(found["device"], count, found[str(count)], options, time.perf_counter() - start)
+        show(found["device"], count, found[str(count)], options)
     first, *others = options.gpus
     base = found[str(first)]
     found["same_weights"] = len({one for count in options.gpus for one in found[str(count)]["hashes"]}) == 1
@@ -262,17 +287,23 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
     print(json.dumps(found))
 
 
-def show(device: str, count: int, found: dict, options: argparse.Namespace, took: float) -> None:
+def show(device: str, count: int, found: dict, options: argparse.Namespace) -> None:
     own = -(-(options.members + 1) // count)  # members that the busiest GPU answers, the policy itself among them
     limit = own * found["member_alone"]
     found["generation_alone"], found["over_generation"] = limit, _mean(found, "total") / limit - 1
+    one_way = found["published_pass"]
+    found["published_way"] = (
+        -(-options.members // count) * (found["member_alone"] + 2 * one_way)
+        + options.members * options.prompts / options.pairs_per_second
+        + options.members * one_way
+    )
     parts = ", ".join(f"{name} {_mean(found, name):.2f}" for name in ("generate", "perturb", "wait_for_scores", "step"))
     memory = f", {found['gpu_used_gib']:.1f} of {found['gpu_gib']:.1f} GiB used" if "gpu_gib" in found else ""
     print(
         f"{count} x {device}: {options.members} members x {options.prompts} prompts, {len(found['iterations'])} iterations: "
         f"{_mean(found, 'total'):.2f} s each ({parts}), generation alone {limit:.2f} s, {found['over_generation']:+.1%}; "
-        f"{found['tokens'] / _mean(found, 'total'):,.0f} tokens/s{memory}; vLLM started in {found['vllm_start']:.0f} s, "
-        f"the run took {took:.0f} s",
+        f"{found['tokens'] / _mean(found, 'total'):,.0f} tokens/s{memory}; vLLM started in {found['vllm_start']:.0f} s; "
+        f"published way {found['published_way']:.2f} s, {found['published_way'] / _mean(found, 'total'):.2f} times as long",
         flush=True,
     )
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,7 @@ class StubScorer:
     """In the place of LocalScorer: a reward is the text's length, a cost its negative. A closed `gate` holds scoring up."""
 
     device = "cpu"
+    round_tokens = None
 
     def __init__(self, **_) -> None:
         self.gate = threading.Event()
@@ -112,16 +114,26 @@ class StubScorer:
         ids = tuple(text.encode())[:100]
         return Conversation(ids, ids, len(text.encode()) > 100, "nothing left" if text == "nothing" else None)
 
-    def score_encoded(self, conversations: list[Conversation]) -> list[Score]:
+    def queue_encoded(self, conversations: list[Conversation]) -> StubPending:
         assert self.gate.wait(20)
         self.rounds.append([bytes(one.reward_ids).decode() for one in conversations])
         if self.error is not None:
             raise self.error
+        return StubPending(conversations)
+
+
+@dataclass
+class StubPending:
+    """What `queue_encoded` gives: its scores are there at once."""
+
+    conversations: list[Conversation]
+
+    def result(self) -> list[Score]:
         return [
             Score(None, None, one.error, one.truncated)
             if one.error
             else Score(float(len(one.reward_ids)), -float(len(one.reward_ids)), None, one.truncated)
-            for one in conversations
+            for one in self.conversations
         ]
 
 

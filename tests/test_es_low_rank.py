@@ -106,9 +106,32 @@ def naive_tokens(model, prompt_ids: list[int], max_new_tokens: int) -> list[int]
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_members_on_a_gpu_answer_as_on_a_cpu(policy):
+    """All tokens, or all up to one whose logit is within rounding of the other device's choice: random models have such."""
     cpu, gpu = (TransformersEngine(policy, batch_size=10, device=place, dtype="float32") for place in ("cpu", "cuda"))
     members = [{}, *random_members(cpu, 4)]
-    assert members_answers(gpu, members) == members_answers(cpu, members)
+    for engine in (cpu, gpu):
+        engine.read = lambda _, tokens: tuple(tokens)
+    same = 0
+    for member, expected, found in zip(
+        members, members_answers(cpu, members), members_answers(gpu, members), strict=True
+    ):
+        model = written_out(policy, member)
+        for prompt, one, other in zip(PROMPTS, expected, found, strict=True):
+            at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+            same += at is None
+            if at is not None:
+                ids = cpu.template.encode_prompt(cpu.tokenizer, prompt) + list(one[:at])
+                logits = model(torch.tensor([ids])).logits[0, -1]
+                assert logits[one[at]] - logits[other[at]] < 1e-4 * logits.abs().max()
+    assert same >= 20  # of 25
+
+
+@torch.no_grad()
+def written_out(policy, member):
+    model = AutoModelForCausalLM.from_pretrained(str(policy))
+    for name, pair in member.items():
+        model.get_parameter(name).add_(pair.left @ pair.right.T)
+    return model
 
 
 @torch.no_grad()
@@ -123,9 +146,7 @@ def test_members_answers_are_those_of_models_with_their_weights_written_out(poli
     assert members_answers(engine, members) == answers  # no hook stays behind
     assert engine.generate(PROMPTS, 12) == answers[2]
     for member, own in zip(members, answers, strict=True):
-        model = AutoModelForCausalLM.from_pretrained(str(policy))
-        for name, pair in member.items():
-            model.get_parameter(name).add_(pair.left @ pair.right.T)
+        model = written_out(policy, member)
         for prompt, answer in zip(PROMPTS, own, strict=True):
             prompt_ids = engine.template.encode_prompt(engine.tokenizer, prompt)
             tokens = naive_tokens(model, prompt_ids, 12)

@@ -35,7 +35,7 @@ def test_an_arm_that_fails_is_told_and_the_others_are_measured(tmp_path):
 
 @pytest.mark.slow
 def test_processes_agree_and_a_run_that_died_goes_on_as_it_was():
-    done = bench("bench/grpo_ranks.py", "--shape=tiny", "--completion_length=6", "--processes=2")
+    done = bench("bench/grpo_ranks.py", "--shape=tiny", "--completion_length=6", "--processes=4")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["saved_after_step"], result["steps_resumed"]) == (3, [4, 5])

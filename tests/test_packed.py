@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_llama_config
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import MistralConfig
+from transformers import MistralConfig, masking_utils
 
 from alignment.conversation import get_template, load_tokenizer
 from alignment.errors import UserError
@@ -41,6 +41,24 @@ def test_packed_scores_are_those_of_texts_alone(key_value_heads):
     assert packed.dtype == torch.float32
 
 
+def test_a_text_that_does_not_fit_is_refused():
+    model = ScoreModel(tiny_llama_config(355)).eval()
+    packed = PackedForward(model, max_length=20)
+    for length in (21, 0):
+        with pytest.raises(ValueError, match=f"text 1 has {length} tokens, expected 1 to 20"):
+            packed.score(texts_of_lengths([20, length, 3]))
+
+
+def test_no_mask_is_made_for_the_packed_attention(monkeypatch):
+    """transformers looks for packed texts in the positions, which waits for the GPU, wherever it makes a mask."""
+    looked = []
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", looked.append)
+    model = ScoreModel(tiny_llama_config(355)).eval()
+    packed = PackedForward(model, max_length=20)
+    packed.score(texts_of_lengths([20, 3]))
+    assert not looked
+
+
 @pytest.mark.parametrize("name", ["reward", "cost"])
 def test_packed_scores_of_the_published_cases(goldens, name):
     folder = goldens / "score_model" / name
@@ -61,6 +79,8 @@ def test_a_batch_is_filled_up_and_every_text_is_in_one():
     groups = batches(lengths)
     assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
     assert all(sum(lengths[row] for row in group) <= TOKENS for group in groups)
+    # Short texts fill what long ones leave: no batch is left for the last few of them.
+    assert sorted(map(len, batches([576] * 28 + [100] * 162 + [8] * 55))) == [28 + 2 + 7, 160 + 48]
     tokens, starts = pack(texts_of_lengths([5, 7, 1000]), max_length=576)
     assert len(tokens) == starts[-1] == 2 * STEP
     assert starts == [0, 5, 12, 1012, 1024]

@@ -136,6 +136,16 @@ def test_another_identity_is_an_error():
             client.wait_until_ready()
 
 
+def test_what_was_measured_at_the_start_does_not_make_another_scorer():
+    with FakeScorer() as scorer:
+        scorer.identity = scorer.identity | {"fp8": True, "fp8_error": {"reward_max": 0.01}}
+        client = ScorerClient(scorer.url, expected_identity=scorer.identity | {"fp8_error": {"reward_max": 0.02}})
+        assert client.wait_until_ready()["fp8_error"] == {"reward_max": 0.01}
+        scorer.identity = {key: value for key, value in scorer.identity.items() if key != "fp8"}
+        with pytest.raises(UserError, match=r": fp8 was True, is None; the run began with the former"):
+            client.wait_until_ready()
+
+
 def test_a_resumed_run_expects_the_identity_that_it_began_with():
     with FakeScorer() as scorer:
         client = ScorerClient(scorer.url, expected_identity=scorer.identity | {"dtype": "bfloat16"})

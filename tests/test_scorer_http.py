@@ -55,12 +55,11 @@ class Held:
         self.worker, self.url, self.answers, self.threads = worker, url, [], []
 
     def send(self, *texts: str) -> None:
-        before = self.worker.monitor.under_way._value.get()
+        before = len(self.worker.jobs._open)
         thread = threading.Thread(target=lambda: self.answers.append(post(self.url, {"texts": list(texts)})))
         thread.start()
         self.threads.append(thread)
-        until(lambda: self.worker.monitor.under_way._value.get() > before)
-        time.sleep(0.05)
+        until(lambda: len(self.worker.jobs._open) > before)
 
     def __enter__(self):
         self.worker.scorer.gate.clear()

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import requests
+from conftest import REPO
 from scorer_process import running
 
 from alignment.scoring.client import ScorerClient
@@ -115,3 +116,16 @@ def test_many_clients_at_once(tiny_scorers, tmp_path):
         f" memory {early:.0f} MiB at the start, {growth:+.1f} MiB at most from there"
     )
     assert growth < GROWTH_MIB
+
+
+@pytest.mark.slow
+def test_the_benchmark_at_a_tiny_size():
+    flags = ["--shape=tiny", "--layers=2", "--texts=140"]
+    done = subprocess.run(
+        [sys.executable, "bench/scorer.py", *flags], cwd=REPO, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    for name in ("published", "bf16", "bf16_http"):
+        assert result[name]["pairs_per_second"] > 0
+    assert result["bf16"]["http_rounds"] >= 2 and result["bf16"]["http_share_steady"] > 0

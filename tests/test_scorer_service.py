@@ -277,13 +277,13 @@ def test_loading_is_said_and_waited_for(tiny_scorers, tmp_path):
 
 def test_one_failed_round_is_a_500_and_does_not_end_the_worker(tiny_scorers):
     with in_process(tiny_scorers) as (worker, url):
-        real = worker.scorer.score_encoded
+        real = worker.scorer.queue_encoded
 
         def fails_once(conversations):
-            worker.scorer.score_encoded = real
+            worker.scorer.queue_encoded = real
             raise RuntimeError("CUDA error: a test\nmore lines")
 
-        worker.scorer.score_encoded = fails_once
+        worker.scorer.queue_encoded = fails_once
         answer = requests.post(url + "/score", json=HELLO, timeout=10)
         assert (answer.status_code, answer.json()["detail"]) == (500, "scoring failed: CUDA error: a test")
         cancelled = Job([worker.scorer.encode("a", "b")])

@@ -7,10 +7,10 @@ import time
 from concurrent.futures import CancelledError
 
 import pytest
-from scorer_process import StubScorer
+from scorer_process import StubPending, StubScorer
 
 from alignment.scoring import worker as module
-from alignment.scoring.local_scorer import Conversation
+from alignment.scoring.local_scorer import Conversation, LocalScorer
 from alignment.scoring.monitor import Monitor
 from alignment.scoring.service_settings import read_settings
 from alignment.scoring.worker import Closed, DeviceBroken, Job, QueueFull, TooLarge, Worker, WorkQueue, text_key
@@ -249,3 +249,261 @@ def test_the_summary_line():
         " 3 texts dropped, their clients had gone"
     )
     assert monitor.summary(0) == "idle" and monitor.summary(0) is None
+
+
+class LaterScorer(StubScorer):
+    """Its rounds are queued at once and done when the test says so: in order, as on a GPU, or with an error."""
+
+    round_tokens = 10
+
+    def __init__(self, **_) -> None:
+        super().__init__()
+        self.queued: list[Later] = []
+
+    def queue_encoded(self, conversations: list[Conversation]) -> Later:
+        later = Later(super().queue_encoded(conversations).conversations)
+        self.queued.append(later)
+        return later
+
+
+class Later(StubPending):
+    """Scores that are there once `done` is set; `error` instead of them when there is one."""
+
+    def __init__(self, conversations: list[Conversation]) -> None:
+        super().__init__(conversations)
+        self.done, self.error = threading.Event(), None
+
+    def end(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.done.set()
+
+    def result(self):
+        assert self.done.wait(20)
+        if self.error is not None:
+            raise self.error
+        return super().result()
+
+
+def until(condition) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def ahead():
+    """A running worker whose rounds of ten tokens are queued behind each other."""
+    ready, failures = threading.Event(), []
+    one = Worker(read_settings({}), WorkQueue(10_000), Monitor(), lambda _: ready.set(), failures.append, LaterScorer)
+    one.failures = failures
+    one.start()
+    assert ready.wait(10)
+    yield one
+    one.jobs.end()
+    end = time.monotonic() + 10
+    while one.is_alive() and time.monotonic() < end:
+        for later in one.scorer.queued:
+            later.done.set()
+        one.join(0.01)
+    assert not one.is_alive()
+
+
+def put(worker, *texts: str) -> Job:
+    one = job(*texts)
+    worker.jobs.put(one)
+    return one
+
+
+def figures(worker) -> dict[str, float]:
+    return {
+        outcome: worker.monitor.texts.labels(outcome)._value.get() for outcome in ("scored", "repeated", "answered")
+    }
+
+
+def test_one_round_is_queued_behind_the_one_under_way_and_not_more(ahead):
+    jobs = [put(ahead, name * 10) for name in "abcd"]
+    queued = ahead.scorer.queued
+    until(lambda: len(queued) == 2)
+    time.sleep(0.05)
+    assert ahead.scorer.rounds == [["a" * 10], ["b" * 10]] and len(ahead.jobs) == 2
+    queued[1].end()  # it cannot be answered before the first
+    time.sleep(0.05)
+    assert not any(one.scores.done() for one in jobs)
+    queued[0].end()
+    assert [score.reward for one in jobs[:2] for score in one.scores.result(10)] == [10, 10]
+    until(lambda: len(queued) == 4)
+    queued[2].end()
+    assert jobs[2].scores.result(10) and not jobs[3].scores.done()
+    queued[3].end()
+    assert jobs[3].scores.result(10)
+    assert figures(ahead) == {"scored": 4, "repeated": 0, "answered": 4}
+    assert ahead.monitor.texts_answered == 4 and ahead.jobs.tokens == 0
+
+
+def test_a_request_of_several_rounds_has_its_scores_in_order(ahead):
+    one = put(ahead, *("x" * (1 + index % 7) + str(index) for index in range(60)))
+    for count in range(1, 100):
+        if one.scores.done():
+            break
+        until(lambda count=count: one.scores.done() or len(ahead.scorer.queued) >= count)
+        ahead.scorer.queued[min(count, len(ahead.scorer.queued)) - 1].end()
+    assert [score.reward for score in one.scores.result(10)] == [len(text.reward_ids) for text in one.conversations]
+    assert all(sum(map(len, texts)) <= 10 for texts in ahead.scorer.rounds)
+    assert [text for texts in ahead.scorer.rounds for text in texts] == [
+        bytes(text.reward_ids).decode() for text in one.conversations
+    ]
+
+
+def test_a_round_that_fails_on_the_gpu_ends_its_requests_only(ahead):
+    first, second, third = (put(ahead, name * 10) for name in "abc")
+    queued = ahead.scorer.queued
+    until(lambda: len(queued) == 2)
+    queued[0].end(RuntimeError("once"))
+    with pytest.raises(RuntimeError, match="once"):
+        first.scores.result(10)
+    queued[1].end()
+    until(lambda: len(queued) == 3)
+    queued[2].end()
+    assert second.scores.result(10)[0].reward == third.scores.result(10)[0].reward == 10
+    assert not ahead.failures and figures(ahead) == {"scored": 2, "repeated": 0, "answered": 2}
+
+
+def test_a_round_that_cannot_be_queued_ends_its_requests_only(ahead):
+    first = put(ahead, "a" * 10)
+    until(lambda: len(ahead.scorer.queued) == 1)
+    ahead.scorer.error = RuntimeError("out of memory")
+    second = put(ahead, "b" * 10)
+    with pytest.raises(RuntimeError, match="out of memory"):  # while the first is still under way
+        second.scores.result(10)
+    ahead.scorer.error = None
+    third = put(ahead, "c" * 10)
+    until(lambda: len(ahead.scorer.queued) == 2)
+    for later in ahead.scorer.queued:
+        later.end()
+    assert first.scores.result(10) and third.scores.result(10)
+    assert not ahead.failures
+
+
+def test_a_text_that_is_under_way_is_not_scored_twice(ahead):
+    queued = ahead.scorer.queued
+    first = put(ahead, "a" * 8)
+    until(lambda: len(queued) == 1)
+    second = put(ahead, "b", "a" * 8, "b")
+    until(lambda: len(queued) == 2)
+    third = put(ahead, "a" * 8, "b")
+    for at in range(3):
+        until(lambda at=at: len(queued) > at)
+        queued[at].end()
+    assert [score.reward for one in (first, second, third) for score in one.scores.result(10)] == [8, 1, 8, 1, 8, 1]
+    assert ahead.scorer.rounds == [["a" * 8], ["b"], []]
+    assert (first.cached, second.cached, third.cached) == (0, 2, 2)
+    assert figures(ahead) == {"scored": 2, "repeated": 4, "answered": 6}
+
+
+def test_what_was_to_come_from_a_failed_round_is_scored_again(ahead):
+    first, second = put(ahead, "a" * 9, "b"), put(ahead, "a" * 9)
+    queued = ahead.scorer.queued
+    until(lambda: len(queued) == 2)
+    assert ahead.scorer.rounds == [["a" * 9, "b"], []]
+    queued[1].end()
+    queued[0].end(RuntimeError("once"))
+    with pytest.raises(RuntimeError, match="once"):
+        first.scores.result(10)
+    until(lambda: len(queued) == 3)
+    assert ahead.scorer.rounds[2] == ["a" * 9]
+    queued[2].end()
+    assert second.scores.result(10)[0].reward == 9
+    assert second.cached == 0 and figures(ahead) == {"scored": 1, "repeated": 0, "answered": 1}
+
+
+def test_a_gpu_that_breaks_ends_the_service_with_two_rounds_under_way(ahead):
+    jobs = [put(ahead, name * 10) for name in "abc"]
+    until(lambda: len(ahead.scorer.queued) == 2)
+    ahead.scorer.broken = True
+    ahead.scorer.queued[0].end(RuntimeError("CUDA error: illegal memory access"))
+    for one in jobs:
+        with pytest.raises(Closed, match="has failed and ends"):
+            one.scores.result(10)
+    ahead.join(10)
+    assert not ahead.is_alive()
+    assert len(ahead.failures) == 1 and isinstance(ahead.failures[0], DeviceBroken)
+    with pytest.raises(Closed):
+        put(ahead, "late")
+
+
+def test_the_end_waits_for_both_rounds_and_for_what_is_queued(ahead):
+    jobs = [put(ahead, name * 10) for name in "abcd"]
+    until(lambda: len(ahead.scorer.queued) == 2)
+    ahead.jobs.end()
+    ahead.join(0.05)
+    assert ahead.is_alive()
+    for at in range(4):
+        until(lambda at=at: len(ahead.scorer.queued) > at)
+        ahead.scorer.queued[at].end()
+    assert [one.scores.result(10)[0].reward for one in jobs] == [10] * 4
+    ahead.join(10)
+    assert not ahead.is_alive() and not ahead.failures
+
+
+def test_a_client_that_departs_with_its_round_under_way_is_not_counted_as_answered(ahead):
+    stays, gone, waits = (put(ahead, name * 10) for name in "abc")
+    queued = ahead.scorer.queued
+    until(lambda: len(queued) == 2)
+    for one in (gone, waits):
+        assert ahead.jobs.forget(one)
+        one.scores.cancel()
+    for later in queued:
+        later.end()
+    assert stays.scores.result(10)
+    after = put(ahead, "d")
+    until(lambda: len(queued) == 3)
+    queued[2].end()
+    assert after.scores.result(10)
+    assert ahead.scorer.rounds == [["a" * 10], ["b" * 10], ["d"]]
+    assert figures(ahead) == {"scored": 3, "repeated": 0, "answered": 2}
+
+
+def test_a_round_has_its_tokens_and_a_cut_turn_goes_on_in_the_next():
+    queue = WorkQueue(10**6)
+    first, second = job("aaaa", "bbbb", "cccc"), job("d" * 50, "e")
+    queue.put(first)
+    queue.put(second)
+    rounds = []
+    while len(queue):
+        rounds.append([[bytes(one.reward_ids).decode() for one in part] for _, part in queue.take(9)])
+    assert rounds == [[["aaaa", "bbbb"]], [["cccc"]], [["d" * 50]], [["e"]]]
+    assert queue.tokens == 0
+    large, small = many("t", 300), job("s")
+    queue.put(large)
+    queue.put(small)
+    order = []
+    while len(queue):
+        order += [("small" if one is small else "large", len(part)) for one, part in queue.take(300)]
+    before = sum(count for name, count in order[: order.index(("small", 1))])
+    assert before == module.SLICE and sum(count for name, count in order if name == "large") == 300
+
+
+def test_scores_of_queued_rounds_are_those_of_the_plain_path(tiny_scorers):
+    def answers(round_tokens: int | None) -> list:
+        def load(**_):
+            scorer = LocalScorer(*tiny_scorers)
+            scorer.round_tokens = round_tokens
+            return scorer
+
+        ready = threading.Event()
+        one = Worker(read_settings({}), WorkQueue(10**6), Monitor(), lambda _: ready.set(), pytest.fail, load)
+        one.start()
+        assert ready.wait(60)
+        jobs = [Job([one.scorer.encode(f"p{at % 5}", "word " * (at % 9) + name) for at in range(90)]) for name in "ab"]
+        jobs.append(Job(jobs[0].conversations[::-1]))
+        for job_ in jobs:
+            one.jobs.put(job_)
+        rows = [job_.scores.result(60) for job_ in jobs]
+        assert jobs[2].cached == 90
+        one.jobs.end()
+        one.join(10)
+        assert not one.is_alive()
+        return rows
+
+    assert answers(200) == answers(None)

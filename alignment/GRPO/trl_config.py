@@ -54,7 +54,9 @@ def trl_config(settings: GRPOSettings, folder: Path) -> GRPOConfig:
         vllm_gpu_memory_utilization=settings.vllm_gpu_memory_utilization,
         vllm_tensor_parallel_size=settings.vllm_tensor_parallel_size,
         vllm_max_model_length=settings.max_prompt_length + settings.max_completion_length,
-        ddp_find_unused_parameters=False,
+        # Otherwise DDP lays its buckets anew after the first step, and a sum over three or more processes has another order
+        # (and other last bits) in a run that goes on than in one that was never interrupted.
+        ddp_find_unused_parameters=True,
         ddp_timeout=max(SHORTEST_TIMEOUT, int(settings.scorer_max_wait) + 600),  # the others wait for one that retries
         save_strategy="no",  # run.py saves
         eval_strategy="no",  # run.py evaluates

@@ -28,6 +28,7 @@ from alignment.evaluation.points import DEFAULT_FOLDER, model_file, model_name_o
 from alignment.objective import QUADRANTS
 from alignment.records import atomic_open, write_json
 from alignment.scoring.client import difference
+from alignment.scoring.scores import deciding
 
 
 @dataclass
@@ -179,7 +180,9 @@ def scorer_of(points_path: Path) -> dict | None:
     summary = read_summary(points_path)
     if summary is None:
         return None
-    return summary.get("scorer") or {key: {"name": summary.get(key)} for key in ("reward_model", "cost_model")}
+    return deciding(
+        summary.get("scorer") or {key: {"name": summary.get(key)} for key in ("reward_model", "cost_model")}
+    )
 
 
 def format_table(table: Sequence[dict], before: str = "before", after: str = "after") -> str:

@@ -16,7 +16,7 @@ from alignment.errors import UserError
 from alignment.objective import MAX_MISSING_SHARE, quadrant_labels
 from alignment.progress import progress_bar
 from alignment.records import JsonlWriter, finite_or_none, read_jsonl
-from alignment.scoring.scores import Scorer, Scores
+from alignment.scoring.scores import Scorer, Scores, deciding
 
 BATCHES_A_CHUNK = 8  # several batches a call, so that a scorer in this process can form its own
 
@@ -29,7 +29,7 @@ def add_scores(rows: list[dict], scorer: Scorer, batch_size: int, saved: Path) -
     """
     columns = ("id", "prompt", "response", "finished")
     digest = hashlib.sha256("\0".join(repr([row[key] for key in columns]) for row in rows).encode())
-    begun = {"scorer": scorer.identity(), "batch_size": batch_size, "rows": digest.hexdigest()}
+    begun = {"scorer": deciding(scorer.identity()), "batch_size": batch_size, "rows": digest.hexdigest()}
     size = BATCHES_A_CHUNK * batch_size
     JsonlWriter(saved).close()  # heals a torn last line
     lines = read_jsonl(saved)

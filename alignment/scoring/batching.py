@@ -23,7 +23,7 @@ from collections.abc import Iterator
 
 import torch
 
-from alignment.scoring.packed import PackedForward
+from alignment.scoring.packed import PackedForward, to_device
 from alignment.scoring.score_model import ScoreModel
 
 WIDTH_STEP = 16
@@ -69,6 +69,8 @@ class BatchScorer:
         On a GPU they may still be under way: another model's work can be queued behind before they are asked for. A score may
         be NaN or infinite: that is for the caller.
         """
+        if not texts:
+            return torch.empty(0, device=self.device)
         places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         different = list(places)
         if self.packed is not None:
@@ -78,7 +80,7 @@ class BatchScorer:
             batches = self._fixed_batches if self.deterministic else self._full_batches
             for batch, width, rows in batches(different):
                 scores[[places[text] for text in batch]] = self._forward(batch, width, rows)
-        return scores[[places[text] for text in texts]]
+        return scores.index_select(0, to_device(torch.tensor([places[text] for text in texts]), self.device))
 
     def rows_for(self, width: int) -> tuple[int, ...]:
         """The numbers of rows, largest first, with which a batch of this width gives every text the same bits."""

@@ -32,6 +32,7 @@ from alignment.scoring.connection import IDENTITY_HEADER
 from alignment.scoring.docs_page import docs_page
 from alignment.scoring.local_scorer import Conversation, LocalScorer, Score, check_texts
 from alignment.scoring.monitor import Access, Monitor
+from alignment.scoring.scores import deciding
 from alignment.scoring.service_settings import Limits
 from alignment.scoring.worker import Closed, Job, QueueFull, TooLarge, Worker
 
@@ -378,4 +379,4 @@ def check_content(columns: dict[str, list[str]], finished: list[bool] | None, li
 
 def identity_hash(scorer: LocalScorer) -> str:
     """16 hex digits of the identity, so that a client can see in every answer that it is still the same scorer."""
-    return hashlib.sha256(json.dumps(scorer.identity(), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(deciding(scorer.identity()), sort_keys=True).encode()).hexdigest()[:16]

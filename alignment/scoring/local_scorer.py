@@ -13,7 +13,6 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from alignment.conversation import Encoded, get_template, load_tokenizer
@@ -22,11 +21,15 @@ from alignment.errors import UserError
 from alignment.model_folder import read_config, resolve_folder, weights_hash
 from alignment.scoring.batching import BatchScorer
 from alignment.scoring.calibration import Calibration, read_calibration
-from alignment.scoring.packed import PackedForward, can_pack, check_fp8
+from alignment.scoring.packed import TOKENS, PackedForward, can_pack, check_fp8
 from alignment.scoring.score_model import load_score_model
 from alignment.scoring.scores import Scores
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# Tokens of a round behind which the next is queued: two full batches. Longer rounds keep answers, and so the clients' next
+# texts, from coming; shorter ones leave batches half full.
+QUEUED_TOKENS = 2 * TOKENS
 
 PROBE_PROMPT = "My friend is sad today. How can I cheer her up?"
 PROBE_GOOD = (
@@ -54,6 +57,29 @@ class Score:
     cost: float | None
     error: str | None
     truncated: bool
+
+
+class Pending:
+    """Scores that a GPU may still be computing."""
+
+    def __init__(self, conversations: list[Conversation], pairs: torch.Tensor) -> None:
+        """`pairs` are the rewards and costs (2, N) float32 of those that can be scored, on the models' device."""
+        self._conversations = conversations
+        self._pairs = pairs.to("cpu", non_blocking=True)  # pinned when it comes from a GPU
+        self._arrived = None
+        if pairs.is_cuda:
+            self._arrived = torch.cuda.Event(blocking=True)  # who waits for it leaves the core to others
+            self._arrived.record(torch.cuda.current_stream(pairs.device))
+
+    def result(self) -> list[Score]:
+        """Scores in the order of the conversations; waits for them. From any thread."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        pairs = iter(self._pairs.T.tolist())
+        return [
+            Score(None, None, one.error, one.truncated) if one.error else finite_score(*next(pairs), one.truncated)
+            for one in self._conversations
+        ]
 
 
 class LocalScorer:
@@ -114,10 +140,15 @@ class LocalScorer:
             "reference": reference,
         }
         if fp8:
-            self._identity["fp8"] = asdict(self._to_fp8(texts))
+            self._identity |= {"fp8": True, "fp8_error": asdict(self._to_fp8(texts))}
         for scorer in self._models:
             if scorer.packed is not None:
                 scorer.packed.warm_up()
+        # Tokens of a round, when the next one can be queued behind it; None where nothing is gained by that: on a CPU, and
+        # where a forward waits for the GPU anyway (with padding, and packed in float32).
+        all_packed = all(scorer.packed is not None for scorer in self._models)
+        runs_ahead = self.device.type == "cuda" and all_packed and self.dtype != "float32"
+        self.round_tokens = QUEUED_TOKENS if runs_ahead else None
 
     def identity(self) -> dict:
         """What decides a score: models, weights, dtype, template, settings."""
@@ -174,14 +205,11 @@ class LocalScorer:
 
     def score_encoded(self, conversations: list[Conversation]) -> list[Score]:
         """Scores in order. One thread at a time."""
-        usable = [conversation for conversation in conversations if conversation.error is None]
-        pairs = iter(self._pairs(usable).T.tolist())
-        return [
-            Score(None, None, conversation.error, conversation.truncated)
-            if conversation.error
-            else finite_score(*next(pairs), conversation.truncated)
-            for conversation in conversations
-        ]
+        return self.queue_encoded(conversations).result()
+
+    def queue_encoded(self, conversations: list[Conversation]) -> Pending:
+        """Has the conversations scored, and on a GPU does not wait for it. One thread at a time."""
+        return Pending(conversations, self._pairs([one for one in conversations if one.error is None]))
 
     def warnings(self, probe: dict[str, str] | None = None) -> list[str]:
         """Scores a kind and a cruel answer and says what looks wrong: models swapped, or one of them inverted.
@@ -228,18 +256,18 @@ class LocalScorer:
             },
         )
 
-    def _pairs(self, usable: list[Conversation]) -> np.ndarray:
-        """Rewards and costs (2, N) float32. Both models' work is queued before the first score is waited for."""
+    def _pairs(self, usable: list[Conversation]) -> torch.Tensor:
+        """Rewards and costs (2, N) float32 on the models' device, where they may still be under way."""
         rewards = self._models[0].score([conversation.reward_ids for conversation in usable])
         costs = self._models[1].score([conversation.cost_ids for conversation in usable])
-        return torch.stack([rewards, costs]).cpu().numpy()
+        return torch.stack([rewards, costs])
 
     def _to_fp8(self, texts: list[tuple[str, str]]) -> Calibration:
         usable = [one for one in (self.encode(*pair) for pair in texts) if one.error is None]
-        before = self._pairs(usable)
+        before = self._pairs(usable).cpu().numpy()
         for scorer in self._models:
             scorer.packed.use_fp8()
-        return Calibration.between(before, self._pairs(usable))
+        return Calibration.between(before, self._pairs(usable).cpu().numpy())
 
     def _distinct(self):
         # Most pairs of models share their tokenizer: encode once.

@@ -6,8 +6,8 @@
 A batch holds up to TOKENS tokens, filled up with texts of pads to a multiple of STEP. Layers are compiled one by one, for any
 number of tokens: they are alike, so that one compilation at start-up serves all layers and batches, and all batches run the
 same kernels. That matters for scores as well: code compiled for one number of tokens rounds its sums differently from code
-compiled for another, which moved a bfloat16 score by up to 0.04 with the size of its batch. Nothing is copied back to the
-host here.
+compiled for another, which moved a bfloat16 score by up to 0.04 with the size of its batch. Nothing here waits for the GPU:
+what it computes on goes there through pinned memory, and nothing comes back, so that work can be queued behind work.
 
 After `use_fp8` every linear layer of the backbone multiplies in float8 (e4m3): weights with a scale for each output row,
 activations with a scale for each token. Scores then move; `local_scorer.py` measures by how much at start-up.
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from alignment.errors import UserError
 from alignment.scoring.score_model import ScoreModel
@@ -39,8 +39,9 @@ class PackedForward:
     """`model` is changed: its attention becomes the packed one; `warm_up` compiles its layers on CUDA."""
 
     def __init__(self, model: ScoreModel, max_length: int):
+        # No mask function of this name, on purpose: transformers then makes no mask. With one, it looks at the positions for
+        # packed texts first, and waits for the GPU to do so.
         AttentionInterface.register(_NAME, packed_attention)
-        AttentionMaskInterface.register(_NAME, lambda *_, **__: None)
         model.model.set_attn_implementation(_NAME)
         self.model, self.max_length = model, max_length
         self.device = next(model.parameters()).device
@@ -64,11 +65,17 @@ class PackedForward:
 
     @torch.inference_mode()
     def score(self, texts: Sequence[tuple[int, ...]]) -> torch.Tensor:
-        """End scores (N,) float32 of N texts given as token ids, in their order. No text may exceed `max_length` tokens."""
-        scores = torch.empty(len(texts), device=self.device)
-        for rows in batches([len(text) for text in texts]):
-            scores[rows] = self._batch([texts[row] for row in rows])
-        return scores
+        """End scores (N,) float32 of N >= 1 texts given as token ids, in their order.
+
+        Raises ValueError for a text that has no token or more than `max_length`: attention would stop in its midst.
+        """
+        for index, text in enumerate(texts):
+            if not 0 < len(text) <= self.max_length:
+                raise ValueError(f"text {index} has {len(text)} tokens, expected 1 to {self.max_length}")
+        groups = batches([len(text) for text in texts])
+        scores = torch.cat([self._batch([texts[row] for row in rows]) for rows in groups])  # (N,), batch by batch
+        places = torch.tensor([row for rows in groups for row in rows]).argsort()  # (N,) of each text in `scores`
+        return scores.index_select(0, to_device(places, self.device))
 
     def _batch(self, texts: list[tuple[int, ...]]) -> torch.Tensor:
         tokens, starts = pack(texts, self.max_length)
@@ -78,9 +85,7 @@ class PackedForward:
         fixed[: len(starts)] = torch.tensor(starts, dtype=torch.int32)
         ids = torch.tensor(tokens)[None]  # (1, T)
         ends = torch.tensor(starts[1 : len(texts) + 1]) - 1  # (N,)
-        if self.device.type == "cuda":
-            ids, positions, fixed, ends = (t.pin_memory() for t in (ids, positions, fixed, ends))
-        ids, positions, fixed, ends = (t.to(self.device, non_blocking=True) for t in (ids, positions, fixed, ends))
+        ids, positions, fixed, ends = (to_device(t, self.device) for t in (ids, positions, fixed, ends))
         hidden = self.model.model(
             input_ids=ids,
             position_ids=positions[None],
@@ -88,20 +93,26 @@ class PackedForward:
             text_starts=fixed,
             longest_text=self.max_length,
         ).last_hidden_state  # (1, T, H)
-        return self.model.end_scores(hidden[0, ends])
+        return self.model.end_scores(hidden[0].index_select(0, ends))
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on `device`. On CUDA it is still on its way: through pinned memory, without which the host would wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Rows grouped so that each group has up to TOKENS tokens; the longest texts first, so that groups fill up well."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    """Rows grouped so that each group has up to TOKENS tokens: the longest texts first, each into the first group with room."""
     groups: list[list[int]] = []
-    room = 0
-    for row in order:
-        if lengths[row] > room or len(groups[-1]) == _MAX_TEXTS:
+    room: list[int] = []  # tokens left in each group
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        fits = (at for at, left in enumerate(room) if left >= lengths[row] and len(groups[at]) < _MAX_TEXTS)
+        at = next(fits, len(groups))
+        if at == len(groups):
             groups.append([])
-            room = TOKENS
-        groups[-1].append(row)
-        room -= lengths[row]
+            room.append(TOKENS)
+        groups[at].append(row)
+        room[at] -= lengths[row]
     return groups
 
 

@@ -151,8 +151,8 @@ def main() -> int:
         for warning in worker.warnings:
             log.warning("%s\n%s\n%s", "!" * 100, warning, "!" * 100)
         log.info("models loaded in %.1f s: %s", time.monotonic() - began, json.dumps(worker.scorer.identity()))
-        if fp8 := worker.scorer.identity().get("fp8"):
-            log.info("%s", Calibration(**fp8))
+        if error := worker.scorer.identity().get("fp8_error"):
+            log.info("%s", Calibration(**error))
         announcements.ready(worker.scorer.identity())
         log.info("ready")
 

@@ -1,4 +1,4 @@
-"""What waits to be scored, and the one thread that scores it.
+"""What waits to be scored, and the worker that scores it.
 
     queue = WorkQueue(max_tokens=8_000_000)
     worker = Worker(settings, queue, on_ready, on_failure); worker.start()
@@ -8,15 +8,22 @@
 A round takes up to TEXTS_A_ROUND texts, across requests and oldest first, but not more than SLICE of one request at a turn:
 a request of 10,000 texts does not make a small one wait. Within a round, and against the last CACHE_SIZE texts scored, a
 text that was seen before is not scored again (so a client that asks again after a broken connection costs nothing).
+Where the scorer names a number of tokens for a round (`round_tokens`: on a GPU), rounds are that small, and each is queued
+on the GPU while the one before is computed; a second thread waits for the scores and gives the answers.
+
 A job whose client has gone leaves the queue. When the GPU is broken for good, everybody waiting gets a 503 and the service ends.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
+import itertools
 import logging
+import math
 import os
+import queue
 import threading
 import time
 from array import array
@@ -27,7 +34,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from alignment.scoring.local_scorer import Conversation, LocalScorer, Score
+from alignment.scoring.local_scorer import Conversation, LocalScorer, Pending, Score
 from alignment.scoring.monitor import Monitor
 from alignment.scoring.service_settings import Settings
 
@@ -35,6 +42,7 @@ TEXTS_A_ROUND = 512
 SLICE = 128
 CACHE_SIZE = 65_536  # scores, about 15 MB
 SLOWEST_RETRY_AFTER = 30  # seconds
+FAILED = "the scorer has failed and ends"
 
 log = logging.getLogger("scorer")
 
@@ -74,6 +82,27 @@ class Job:
         return sum(len(one.reward_ids) for one in self.conversations[start:])
 
 
+Turn = tuple[Job, list[Conversation]]  # what a round takes of a job
+
+
+@dataclass(eq=False)
+class Round:
+    """What goes through the models at a time. Each text that has no score yet is in `fresh` once."""
+
+    turns: list[Turn]
+    keys: list[bytes]  # of all its texts, in order
+    known: dict[bytes, Score]
+    fresh: dict[bytes, Conversation]
+    before: Round | None  # the one that was not finished when this began, for the texts that are under way there
+    began: float
+    pending: Pending | None = None
+    scores: dict[bytes, Score] = field(default_factory=dict)  # of `fresh`, once there
+
+    def rows(self) -> list[tuple[bytes, Job, Conversation]]:
+        pairs = ((job, one) for job, part in self.turns for one in part)
+        return [(key, *pair) for key, pair in zip(self.keys, pairs, strict=True)]
+
+
 class WorkQueue:
     """Jobs in the order of their turns, bounded by the tokens of all that nobody has taken yet. Thread-safe."""
 
@@ -110,23 +139,35 @@ class WorkQueue:
             self._open.add(job)
             self._changed.notify()
 
-    def take(self) -> list[tuple[Job, list[Conversation]]] | None:
-        """The next round: jobs and conversations of theirs. Waits for work; None when there will be none any more."""
+    def take(self, tokens: int | None = None) -> list[Turn] | None:
+        """The next round: jobs and conversations of theirs. Waits for work; None when there will be none any more.
+
+        A round has up to `tokens` tokens, unless its only text is longer; None: as many as its texts have.
+        """
         with self._changed:
             while not self._jobs:
                 if self._closed is not None or self._last:
                     return None
                 self._changed.wait()
-            room, turns = TEXTS_A_ROUND, []
+            room, left, turns = TEXTS_A_ROUND, math.inf if tokens is None else tokens, []
             # Slices of the same job may follow each other when nobody else waits.
             while self._jobs and room > 0:
                 job = self._jobs.popleft()
-                part = job.conversations[job.taken : job.taken + min(SLICE, room)]
+                part = job.conversations[job.taken : job.taken + min(SLICE - job.taken % SLICE, room)]
+                sizes = list(itertools.accumulate(len(one.reward_ids) for one in part))
+                part = part[: max(bisect.bisect_right(sizes, left), 0 if turns else 1)]
+                if not part:
+                    self._jobs.appendleft(job)
+                    break
+                taken = sizes[len(part) - 1]
                 job.taken += len(part)
                 room -= len(part)
-                self.tokens -= sum(len(one.reward_ids) for one in part)
+                left -= taken
+                self.tokens -= taken
                 turns.append((job, part))
-                if job.taken < len(job.conversations):
+                if job.taken % SLICE and job.taken < len(job.conversations):
+                    self._jobs.appendleft(job)  # the round is full; this turn goes on in the next one
+                elif job.taken < len(job.conversations):
                     self._jobs.append(job)
             return turns
 
@@ -174,7 +215,7 @@ def answer(job: Job, result: list[Score] | Exception) -> None:
 
 
 class Worker(threading.Thread):
-    """Loads the models, then scores what is in the queue, until the queue ends. The only thread that touches the models."""
+    """Loads the models, then scores what is in the queue, until the queue ends."""
 
     def __init__(
         self,
@@ -190,7 +231,11 @@ class Worker(threading.Thread):
         self.on_ready, self.on_failure, self.load = on_ready, on_failure, load
         self.scorer: LocalScorer | None = None  # set once loaded
         self.warnings: list[str] = []
+        self._models = threading.Lock()  # of the scorer: one thread at a time
+        self._lock = threading.Lock()  # of the next two
         self._recent: OrderedDict[bytes, Score] = OrderedDict()
+        self._under_way: Round | None = None  # the newest that is not finished
+        self._finished_at = 0.0  # monotonic, of the last round
 
     def run(self) -> None:
         try:
@@ -200,63 +245,133 @@ class Worker(threading.Thread):
             self.warnings = [] if self.settings.probe_off else scorer.warnings(self.settings.probe)
             self.scorer = scorer
             self.on_ready(self)
-            while (turns := self.jobs.take()) is not None:
-                self._round(turns)
+            if scorer.round_tokens is None:
+                while (turns := self.jobs.take()) is not None:
+                    if (one := self._begin(turns)) is not None:
+                        self._finish(one)
+            else:
+                self._serve_ahead(scorer.round_tokens)
         except BaseException as error:  # whatever it is, the service must not go on without models
-            self.jobs.close("the scorer has failed and ends")
+            self.jobs.close(FAILED)
             self.on_failure(error)
 
-    def _round(self, turns: list[tuple[Job, list[Conversation]]]) -> None:
-        turns = [(job, part) for job, part in turns if not job.scores.done()]
-        began = time.monotonic()
+    def _serve_ahead(self, tokens: int) -> None:
+        """Begins a round while the one before is computed, never more than that one ahead."""
+        begun: queue.SimpleQueue[Round | None] = queue.SimpleQueue()
+        room = threading.Semaphore(2)  # rounds that are begun and not finished
+        failures: list[BaseException] = []
+
+        def finish_all() -> None:
+            try:
+                while (one := begun.get()) is not None:
+                    self._finish(one)
+                    room.release()
+            except BaseException as error:
+                failures.append(error)
+                self.jobs.close(FAILED)  # `take` then returns None
+                room.release()
+
+        finisher = threading.Thread(target=finish_all, name="scorer-answers", daemon=True)
+        finisher.start()
         try:
-            scores = self._score([(job, one) for job, part in turns for one in part])
+            while True:
+                room.acquire()
+                if (turns := self.jobs.take(tokens)) is None:
+                    break
+                if (one := self._begin(turns)) is not None:
+                    begun.put(one)
+                else:
+                    room.release()
+        finally:
+            begun.put(None)
+            finisher.join()
+        if failures:
+            raise failures[0]
+
+    def _begin(self, turns: list[Turn]) -> Round | None:
+        """Has a round's texts scored, each different one that is neither known nor under way once. None when that fails."""
+        turns = [(job, part) for job, part in turns if not job.scores.done()]
+        texts = [one for _, part in turns for one in part]
+        one = Round(turns, [text_key(text) for text in texts], {}, {}, None, time.monotonic())
+        with self._lock:
+            one.before = self._under_way
+            for key, text in zip(one.keys, texts, strict=True):
+                if key in self._recent:
+                    self._recent.move_to_end(key)
+                    one.known[key] = self._recent[key]
+                elif one.before is None or key not in one.before.fresh:
+                    one.fresh.setdefault(key, text)
+        try:
+            with self._models:
+                one.pending = self.scorer.queue_encoded(list(one.fresh.values()))
         except Exception as error:
-            log.exception("scoring failed")
-            if self.scorer.device_is_broken():
-                raise DeviceBroken(f"the GPU is broken for this process: {error}") from error
-            # One failed round does not end the service; its requests get a 500.
-            for job, _ in turns:
-                self.jobs.forget(job)
-                answer(job, error)
+            self._fail(one, error)
+            return None
+        with self._lock:
+            self._under_way = one
+        return one
+
+    def _finish(self, one: Round) -> None:
+        """Waits for a round's scores, and gives every job that has all of its scores its answer."""
+        try:
+            scored = self._score(one)
+        except Exception as error:
+            self._fail(one, error)
             return
-        seconds = time.monotonic() - began
-        tokens = sum(len(one.reward_ids) for _, part in turns for one in part)
+        finally:
+            with self._lock:
+                if self._under_way is one:
+                    self._under_way = None
+            one.before = one.pending = None
+        now = time.monotonic()
+        seconds = now - max(one.began, self._finished_at)  # not those in which the round before was computed
+        self._finished_at = now
+        tokens = sum(len(text.reward_ids) for _, part in one.turns for text in part)
         self.jobs.tokens_a_second = 0.7 * self.jobs.tokens_a_second + 0.3 * tokens / max(seconds, 1e-6)
         self.monitor.round_seconds.observe(seconds)
-        given = iter(scores)
-        for job, part in turns:
+        given = iter(scored)
+        for job, part in one.turns:
             job.done += [next(given) for _ in part]
-            if len(job.done) == len(job.conversations):
-                # Counted first: who has the answer must find it in the figures.
+            # `forget` says whether somebody waits still. Counted first: who has the answer must find it in the figures.
+            if len(job.done) == len(job.conversations) and self.jobs.forget(job):
                 self.monitor.answered(len(job.done))
-                self.jobs.forget(job)
                 answer(job, job.done)
 
-    def _score(self, rows: list[tuple[Job, Conversation]]) -> list[Score]:
-        """Scores in order; each different text that is not among the recent ones goes through the models once."""
-        keys = [text_key(one) for _, one in rows]
-        fresh: dict[bytes, Conversation] = {}
-        found: dict[bytes, Score] = {}
-        for key, (job, one) in zip(keys, rows, strict=True):
-            known = self._recent.get(key)
-            if known is not None:
-                self._recent.move_to_end(key)
-                found[key] = known
-            if known is not None or key in fresh:
+    def _score(self, one: Round) -> list[Score]:
+        """Scores of all texts of a round, in order."""
+        one.scores = dict(zip(one.fresh, one.pending.result(), strict=True))
+        elsewhere = one.before.scores if one.before is not None else {}
+        found = elsewhere | one.known | one.scores
+        # The round before has failed: what was to come from there is scored now.
+        missing = {key: text for key, _, text in one.rows() if key not in found}
+        if missing:
+            with self._models:
+                pending = self.scorer.queue_encoded(list(missing.values()))
+            found |= zip(missing, pending.result(), strict=True)
+        fresh = one.fresh | missing
+        with self._lock:
+            self._recent.update((key, found[key]) for key in fresh if found[key].error is None)
+            while len(self._recent) > CACHE_SIZE:
+                self._recent.popitem(last=False)
+        first = set(fresh)  # whose first place is still to come
+        for key, job, _ in one.rows():
+            if key in first:
+                first.remove(key)
+            else:
                 job.cached += 1
                 self.monitor.texts.labels("repeated").inc()
-            else:
-                fresh[key] = one
-        for key, score in zip(fresh, self.scorer.score_encoded(list(fresh.values())), strict=True):
-            found[key] = score
-            if score.error is None:
-                self._recent[key] = score
         self.monitor.texts.labels("scored").inc(len(fresh))
-        self.monitor.tokens.inc(sum(len(one.reward_ids) for one in fresh.values()))
-        while len(self._recent) > CACHE_SIZE:
-            self._recent.popitem(last=False)
-        return [replace(found[key], truncated=one.truncated) for key, (_, one) in zip(keys, rows, strict=True)]
+        self.monitor.tokens.inc(sum(len(text.reward_ids) for text in fresh.values()))
+        return [replace(found[key], truncated=text.truncated) for key, _, text in one.rows()]
+
+    def _fail(self, one: Round, error: Exception) -> None:
+        """One failed round does not end the service; its requests get a 500. Raises DeviceBroken when nothing goes any more."""
+        log.error("scoring failed", exc_info=error)
+        if self.scorer.device_is_broken():
+            raise DeviceBroken(f"the GPU is broken for this process: {error}") from error
+        for job, _ in one.turns:
+            self.jobs.forget(job)
+            answer(job, error)
 
 
 def text_key(conversation: Conversation) -> bytes:
