@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # slow to import, and not all that look at a folder read its 
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 KEYS_SHOWN = 5
+_NEVER_READ = ["*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "original/*"]  # the same weights in other layouts
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -36,7 +37,10 @@ def resolve_folder(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name)))
+        found = Path(snapshot_download(str(name), ignore_patterns=[*_NEVER_READ, "*.bin"]))
+        if not any(found.glob("*.safetensors")):
+            found = Path(snapshot_download(str(name), ignore_patterns=_NEVER_READ))
+        return found
     except Exception as error:  # no network, no such model, no permission: the hub has its own words for each
         raise UserError(f"{name}: no such folder, and the model hub did not give it: {first_line(error)}") from error
 

@@ -206,6 +206,11 @@ def test_addresses_that_are_none(tiny_policy, tmp_path, url, said):
     assert not (tmp_path / "run").exists()
 
 
+def test_addresses_with_a_path_or_a_strange_name():
+    for url in ("http://node12:8000/", "https://gateway/scorers/7", "http://score", "http://health:8000"):
+        assert ScorerClient(url).url == url
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1:9", "no-such-host.invalid:8000"])
 def test_nobody_is_there(host):
     with pytest.raises(ScorerUnavailable) as refusal:

@@ -10,7 +10,6 @@ A row is on disk before the run goes on. The step of iteration t is taken from `
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from pathlib import Path
@@ -87,18 +86,23 @@ def begun_with(path: Path) -> dict | None:
 
     Raises UserError for a first row that is none.
     """
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        line = file.readline()
-        if line.endswith(b"\n"):
-            try:
-                start = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}:1: not valid JSON ({error}): not an ES journal, or a damaged one") from error
-            settings = start.get("settings") if isinstance(start, dict) else None
-            if not isinstance(settings, dict) or not isinstance(settings.get("scorer", {}), dict):
-                raise UserError(f"{path}:1: not an ES journal (its first row must have base_weights and settings)")
-            return settings
-    return None
+    try:
+        with path.open("rb") as file:
+            line = file.readline()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give another --experiment_dir") from error
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        start = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}:1: not valid JSON ({error}): not an ES journal, or a damaged one") from error
+    settings = start.get("settings") if isinstance(start, dict) else None
+    if not isinstance(settings, dict) or not isinstance(settings.get("scorer", {}), dict):
+        raise UserError(f"{path}:1: not an ES journal (its first row must have base_weights and settings)")
+    return settings
 
 
 def check_settings(path: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:

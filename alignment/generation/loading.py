@@ -27,8 +27,8 @@ def read_policy_config(folder: Path) -> PretrainedConfig:
 def check_vocabulary(folder: Path, tokenizer, config: PretrainedConfig) -> None:
     """Raises UserError when the tokenizer has ids that the model has no embedding for."""
     largest = max(tokenizer.get_vocab().values())
-    known = config.get_text_config().vocab_size
-    if largest >= known:
+    known = getattr(config.get_text_config(), "vocab_size", None)
+    if known is not None and largest >= known:
         raise UserError(
             f"{folder}: the tokenizer has ids up to {largest}, the model knows {known}: they do not belong together"
         )

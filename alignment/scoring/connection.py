@@ -47,7 +47,7 @@ class Endpoint:
         if not usable:
             raise UserError(f"scorer URL {url!r}: expected something like http://127.0.0.1:8000, or auto")
         self.url = url.rstrip("/")
-        if self.url.endswith(ENDPOINTS):
+        if parts.path.rstrip("/").endswith(ENDPOINTS):
             raise UserError(f"scorer URL {url!r}: give the address alone, without /{self.url.rpartition('/')[2]}")
         self.outstanding = 0  # texts asked for and not answered
         self.rests_until = 0.0  # after a failure, on the monotonic clock

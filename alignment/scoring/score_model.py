@@ -105,6 +105,8 @@ class ScoreModel(nn.Module):
                 model = cls(config, dtype=dtype)
             except UserError as error:
                 raise UserError(f"{folder}/config.json: {error}") from error
+            except torch.OutOfMemoryError:
+                raise
             except CONFIG_ERRORS as error:
                 raise UserError(f"{folder}/config.json: no model can be made from it: {first_line(error)}") from error
         # The first v1.0 revision has neither a head bias nor a normalizer: Safe-RLHF loads it with 0 and the identity.
