@@ -76,6 +76,10 @@ def read_config(folder: Path) -> PretrainedConfig:
     """The folder's transformers config. Raises UserError when there is none or it cannot be read."""
     from transformers import AutoConfig
 
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder}: adapters alone; merge them into their base model (final/ and best/ of a run are merged)"
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json: not a model folder, or not all of it was downloaded")
     try:

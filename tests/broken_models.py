@@ -104,6 +104,10 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "a file": (lambda f: (shutil.rmtree(f), f.write_text("x")), ("no such model folder",)),
     "empty": (lambda f: (shutil.rmtree(f), f.mkdir()), ("no config.json",)),
     "no config": (lambda f: (f / "config.json").unlink(), ("no config.json",)),
+    "adapters alone": (
+        lambda f: (f / "config.json").rename(f / "adapter_config.json"),
+        ("adapters alone; merge them into their base model",),
+    ),
     "broken config": (lambda f: (f / "config.json").write_text("{"), ("config.json", "not a readable")),
     "config of nothing": (lambda f: (f / "config.json").write_text("{}"), ("config.json", "not a readable")),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), ("config.json", "not a readable")),

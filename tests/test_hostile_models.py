@@ -94,6 +94,15 @@ def test_the_policy_that_the_drift_is_measured_under(tiny_policy, prompts, score
     assert f"{base}: these weights are not finite" in refused(CLASSIFY, *flags, "--output_dir", tmp_path / "run")
 
 
+def test_a_state_dict_in_the_policys_place_that_is_not_finite(tiny_policy, prompts, scorer, tmp_path):
+    tensors = load_file(tiny_policy / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("inf")
+    torch.save(tensors, tmp_path / "weights.pth")
+    command = policy_command(CLASSIFY, tiny_policy, prompts, scorer, tmp_path / "run")
+    line = refused(*command, "--policy_vllm_ckpt", tmp_path / "weights.pth")
+    assert f"{tmp_path / 'weights.pth'}: these weights are not finite: model.norm.weight" in line
+
+
 def test_a_score_model_is_no_policy(tiny_scorers):
     with pytest.raises(UserError, match=r"a score model \(LlamaForScore in its config.json\)"):
         TransformersEngine(tiny_scorers[0])

@@ -43,6 +43,8 @@ def main() -> int:
     train_rows = load_prompts(settings.train_jsonl, settings.prompt_key)
     held_out_rows = load_prompts(settings.eval_jsonl, settings.prompt_key)
     folder = Path(settings.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give another --output_dir")
     begun = (folder / "manifest.json").exists()
     if begun and not settings.resume:
         raise UserError(f"{folder} holds a run already: give another --output_dir, or leave out --resume false")
