@@ -350,10 +350,11 @@ def test_other_settings_or_base_weights_are_refused(undisturbed, tiny_policy, pr
         done = run_script(tiny_policy, scorer.url, prompts, run, sigma=0.03)
         assert done.returncode == 2
         assert "sigma (was 0.02, now 0.03)" in done.stderr
-        scorer.identity = scorer.identity | {"dtype": "bfloat16"}
+        begun_with, scorer.identity = scorer.identity, scorer.identity | {"dtype": "bfloat16"}
         done = run_script(tiny_policy, scorer.url, prompts, run)
         assert done.returncode == 2
-        assert "scorer" in done.stderr
+        assert "dtype was 'float32', is 'bfloat16'" in done.stderr
+        scorer.identity = begun_with
         done = run_script(undisturbed[0] / "final", scorer.url, prompts, run)
         assert done.returncode == 2
         assert "other base weights" in done.stderr
