@@ -101,7 +101,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Key -> shape of every tensor of the folder, from the files' headers. Raises UserError as `read_tensors` does."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
         if file.suffix == ".safetensors":
             with open_safetensors(file) as tensors:

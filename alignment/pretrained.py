@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -22,7 +23,7 @@ CONFIG_ERRORS = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, 
 
 
 def load_whole(
-    kind: type, folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", other_heads: bool = False
+    kind: Any, folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", other_heads: bool = False
 ) -> PreTrainedModel:
     """The model in `folder` as the auto class `kind` loads it, on `device`, in eval mode.
 

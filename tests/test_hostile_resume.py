@@ -357,6 +357,12 @@ def test_other_settings_or_base_weights_of_a_grpo_run(tiny_policy, prompts, scor
     assert content(grpo_run) == before
 
 
+def test_another_number_of_processes_is_no_reason_to_remove_a_checkpoint(tiny_policy, prompts, grpo_run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = refused(*grpo(tiny_policy, NOBODY, prompts, grpo_run, max_steps=2))
+    assert "was begun otherwise: processes (was 1, now 2)" in line
+
+
 def test_a_folder_that_is_no_checkpoint_is_passed_over(tiny_policy, prompts, scorer, grpo_run, tmp_path):
     run = shutil.copytree(grpo_run, tmp_path / "run")
     (run / "checkpoints" / "iteration_old").mkdir()

@@ -39,7 +39,8 @@ EXIT_STOPPED = 128  # plus the signal's number, as shells do
 
 def main() -> int:
     settings = load_settings(description=__doc__)
-    settings.accumulation(int(os.environ.get("WORLD_SIZE", 1)))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    settings.accumulation(processes)
     train_rows = load_prompts(settings.train_jsonl, settings.prompt_key)
     held_out_rows = load_prompts(settings.eval_jsonl, settings.prompt_key)
     folder = Path(settings.output_dir)
@@ -60,7 +61,8 @@ def main() -> int:
             raise UserError(
                 f"{folder} holds checkpoints but no manifest.json: what run is that? Give another --output_dir"
             )
-        check_whole(checkpoint, int(os.environ.get("WORLD_SIZE", 1)))
+        check_same_run(begun_with, {"processes": processes}, folder)  # each has random numbers of its own there
+        check_whole(checkpoint, processes)
     drawn = [row[settings.prompt_key] for row in draw_rows(train_rows, settings.max_samples)]
     held_out = [row[settings.prompt_key] for row in draw_rows(held_out_rows, settings.eval_samples)]
     settings.check_enough(drawn)

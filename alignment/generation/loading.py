@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -24,7 +25,7 @@ def read_policy_config(folder: Path) -> PretrainedConfig:
     return config
 
 
-def check_vocabulary(folder: Path, tokenizer, config: PretrainedConfig) -> None:
+def check_vocabulary(folder: Path, tokenizer: Any, config: PretrainedConfig) -> None:
     """Raises UserError when the tokenizer has ids that the model has no embedding for."""
     largest = max(tokenizer.get_vocab().values())
     known = getattr(config.get_text_config(), "vocab_size", None)
