@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,3 +48,9 @@ class Scorer(Protocol):
 
     def score(self, prompts: list[str], responses: list[str], finished: list[bool] | None = None) -> Scores:
         """Scores of N responses, in order. `finished` says which end with EOS; all do by default."""
+
+
+class WaitingScorer(Scorer, Protocol):
+    """What trainers ask: `on_wait(seconds)` is called while the scorer is away, and what it raises ends the wait."""
+
+    on_wait: Callable[[float], None] | None
