@@ -20,13 +20,15 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import uvicorn
 from device_rates import median_seconds, product_rate
 from llama_shapes import draw_lengths, llama_7b
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from alignment.config import script_parser
 from alignment.demo.data import demo_data
@@ -34,7 +36,7 @@ from alignment.demo.vocabulary import train_tokenizer
 from alignment.scoring.client import ScorerClient
 from alignment.scoring.flops import llama_flops
 from alignment.scoring.http_app import build_app
-from alignment.scoring.local_scorer import LocalScorer
+from alignment.scoring.local_scorer import Conversation, LocalScorer
 from alignment.scoring.monitor import Monitor
 from alignment.scoring.score_model import ScoreModel
 from alignment.scoring.scorer_service import take_port
@@ -47,7 +49,7 @@ CLIENTS = 4  # one a training GPU
 class RandomScorer(LocalScorer):
     """The service's scorer with random models of a shape in place of files."""
 
-    def __init__(self, config: LlamaConfig, tokenizer, **settings: object):
+    def __init__(self, config: LlamaConfig, tokenizer: PreTrainedTokenizerBase, **settings: Any):
         self._shape, self._shared_tokenizer = config, tokenizer
         super().__init__("reward", "cost", **settings)
 
@@ -69,7 +71,12 @@ def gemm_rate() -> float:
     return product_rate(a, b, lambda product: median_seconds(product, 20))
 
 
-def make_texts(lengths: np.ndarray, tokenizer) -> tuple[list[str], list[str]]:
+def score_rounds(scorer: LocalScorer, rounds: list[list[Conversation]]) -> None:
+    for one in rounds:
+        scorer.score_encoded(one)
+
+
+def make_texts(lengths: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
     """Prompts and responses of about these lengths (N, 2) in tokens, no two alike."""
     words = " ".join(row["prompt"] for row in demo_data(0).train_rows).split()
     rng = np.random.default_rng(0)
@@ -184,9 +191,7 @@ def main() -> None:
             torch.cuda.empty_cache()
         rounds = [conversations[at : at + TEXTS_A_ROUND] for at in range(0, len(conversations), TEXTS_A_ROUND)]
         compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        report(
-            name, median_seconds(lambda rounds=rounds, scorer=scorer: [scorer.score_encoded(one) for one in rounds], 2)
-        )
+        report(name, median_seconds(partial(score_rounds, scorer, rounds), 2))
         report(f"{name}_http", through_http(scorer, prompts, responses))
         share = result[f"{name}_http"]["pairs_per_second"] / result[name]["pairs_per_second"]
         result[name] |= {"http_share": share, **batch_mates(scorer, conversations)}

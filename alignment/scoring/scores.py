@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,7 +20,7 @@ class Scores:
     truncated: list[bool]
 
     @classmethod
-    def of(cls, rows) -> Scores:
+    def of(cls, rows: Sequence[Any]) -> Scores:
         """From N objects with reward, cost (None where missing), error and truncated."""
         return cls(
             np.array([math.nan if row.reward is None else row.reward for row in rows], dtype=np.float64),

@@ -201,19 +201,19 @@ class Worker(threading.Thread):
             self.scorer = scorer
             self.on_ready(self)
             while (turns := self.jobs.take()) is not None:
-                self._round(turns)
+                self._round(turns, scorer)
         except BaseException as error:  # whatever it is, the service must not go on without models
             self.jobs.close("the scorer has failed and ends")
             self.on_failure(error)
 
-    def _round(self, turns: list[tuple[Job, list[Conversation]]]) -> None:
+    def _round(self, turns: list[tuple[Job, list[Conversation]]], scorer: LocalScorer) -> None:
         turns = [(job, part) for job, part in turns if not job.scores.done()]
         began = time.monotonic()
         try:
-            scores = self._score([(job, one) for job, part in turns for one in part])
+            scores = self._score([(job, one) for job, part in turns for one in part], scorer)
         except Exception as error:
             log.exception("scoring failed")
-            if self.scorer.device_is_broken():
+            if scorer.device_is_broken():
                 raise DeviceBroken(f"the GPU is broken for this process: {error}") from error
             # One failed round does not end the service; its requests get a 500.
             for job, _ in turns:
@@ -233,7 +233,7 @@ class Worker(threading.Thread):
                 self.jobs.forget(job)
                 answer(job, job.done)
 
-    def _score(self, rows: list[tuple[Job, Conversation]]) -> list[Score]:
+    def _score(self, rows: list[tuple[Job, Conversation]], scorer: LocalScorer) -> list[Score]:
         """Scores in order; each different text that is not among the recent ones goes through the models once."""
         keys = [text_key(one) for _, one in rows]
         fresh: dict[bytes, Conversation] = {}
@@ -248,7 +248,7 @@ class Worker(threading.Thread):
                 self.monitor.texts.labels("repeated").inc()
             else:
                 fresh[key] = one
-        for key, score in zip(fresh, self.scorer.score_encoded(list(fresh.values())), strict=True):
+        for key, score in zip(fresh, scorer.score_encoded(list(fresh.values())), strict=True):
             found[key] = score
             if score.error is None:
                 self._recent[key] = score
