@@ -21,13 +21,12 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import PeftConfig
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
@@ -39,6 +38,9 @@ from alignment.GRPO.reward import ConstrainedReward
 from alignment.GRPO.turns import own_turn
 from alignment.records import write_json
 from alignment.scoring.scores import WaitingScorer
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 # It would print prompt and completion of every text that the scorer could not score.
 logging.getLogger("trl.trainer.grpo_trainer").setLevel(logging.ERROR)

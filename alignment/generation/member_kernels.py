@@ -206,10 +206,20 @@ _library.impl("member_embedding", _member_embedding, "CUDA")
 
 
 @library.register_fake("alignment::member_linear", lib=_library)
-def _(x: torch.Tensor, weight: torch.Tensor, *_rest: object) -> torch.Tensor:
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    right: torch.Tensor,
+    left: torch.Tensor,
+    slots: torch.Tensor,
+    parts: list[int],
+) -> torch.Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 @library.register_fake("alignment::member_embedding", lib=_library)
-def _(ids: torch.Tensor, weight: torch.Tensor, *_rest: object) -> torch.Tensor:
+def _(
+    ids: torch.Tensor, weight: torch.Tensor, right: torch.Tensor, left: torch.Tensor, slots: torch.Tensor
+) -> torch.Tensor:
     return weight.new_empty((ids.shape[0], weight.shape[1]))
