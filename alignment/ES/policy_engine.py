@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -21,7 +22,7 @@ def open_engine(settings: ESSettings, prompts: Sequence[str], processes: Process
     Raises UserError, for vLLM before it loads anything when the weights, the master and a KV cache do not fit.
     """
     gpus = torch.cuda.device_count()
-    common = {
+    common: dict[str, Any] = {
         "template": settings.policy_template,
         "device": f"cuda:{processes.local_rank % gpus}" if gpus else "cpu",
         "dtype": settings.dtype,
@@ -64,5 +65,5 @@ def _master_bytes(settings: ESSettings) -> int:
     if settings.master_device == "cpu" or settings.noise == "reference":
         return 0
     shapes = shapes_of(AutoConfig.from_pretrained(settings.policy_model_path))
-    everything = settings.trainable is None or settings.perturbation == "low_rank"
-    return 4 * sum(shape.numel() for name, shape in shapes.items() if everything or re.search(settings.trainable, name))
+    pattern = None if settings.perturbation == "low_rank" else settings.trainable
+    return 4 * sum(shape.numel() for name, shape in shapes.items() if pattern is None or re.search(pattern, name))

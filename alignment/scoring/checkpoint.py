@@ -6,7 +6,7 @@ The layouts are model_folder.py's; of `.bin` files only tensors are read: a pick
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         yield from tensors.items()
 
 
-def copy_tensors(folder: Path, wanted: dict[str, torch.Tensor], optional: set[str] = frozenset()) -> None:
+def copy_tensors(folder: Path, wanted: dict[str, torch.Tensor], optional: Set[str] = frozenset()) -> None:
     """Copies the folder's tensors into `wanted`, in place and in its dtypes.
 
     `optional` keys may be missing. Raises UserError naming missing, extra and misshapen keys and those not finite.
