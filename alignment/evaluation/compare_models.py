@@ -177,7 +177,7 @@ def require_same_scorer(paths: Sequence[Path]) -> None:
 
 
 def scorer_of(points_path: Path) -> dict | None:
-    """What made the scores of a points file, by the summary beside it; published summaries name the two models only."""
+    """What decided the scores of a points file, by the summary beside it; published summaries name the two models only."""
     summary = read_summary(points_path)
     if summary is None:
         return None

@@ -21,15 +21,15 @@ from alignment.errors import UserError
 from alignment.model_folder import resolve_folder, weights_hash
 from alignment.scoring.batching import BatchScorer
 from alignment.scoring.calibration import Calibration, read_calibration
-from alignment.scoring.packed import TOKENS, PackedForward, can_pack, check_fp8
+from alignment.scoring.packed import STEP, TOKENS, PackedForward, can_pack, check_fp8
 from alignment.scoring.score_model import load_score_model
 from alignment.scoring.scores import Scores
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# Tokens of a round behind which the next is queued: two full batches. Longer rounds keep answers, and so the clients' next
-# texts, from coming; shorter ones leave batches half full.
-QUEUED_TOKENS = 2 * TOKENS
+# Tokens of a round behind which the next is queued: two full batches, less what keeps a last text from needing a third.
+# Longer rounds keep answers, and so the clients' next texts, from coming; shorter ones leave batches half full.
+QUEUED_TOKENS = 2 * TOKENS - STEP
 
 PROBE_PROMPT = "My friend is sad today. How can I cheer her up?"
 PROBE_GOOD = (
