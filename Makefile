@@ -1,6 +1,6 @@
 # make demo   the whole mission on a CPU with tiny models        make test       the quick tests
 # make demo-slurm   the same by sbatch, on a SLURM that it starts itself where none is (as root, Debian)
-# make lint   ruff and shellcheck                                make test-slow  the tests that take longer
+# make lint   ruff, mypy and shellcheck                          make test-slow  the tests that take longer
 #                                                                make test-slurm those on a local SLURM
 #
 # Each target installs what it needs into $(VENV) first; torch comes from $(TORCH). A CUDA user names the build that fits
@@ -47,6 +47,7 @@ test-slurm: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 	$(BIN)/shellcheck $(SHELL_SCRIPTS)
 
 format: $(INSTALLED)
@@ -54,4 +55,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format
 
 clean:
-	rm -rf alignment/outputs/demo* .pytest_cache .ruff_cache
+	rm -rf alignment/outputs/demo* .pytest_cache .ruff_cache .mypy_cache

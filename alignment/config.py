@@ -15,20 +15,32 @@ import math
 import textwrap
 import types
 import typing
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
 
 from alignment.errors import UserError
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 _NONE_WORDS = ("none", "null", "")
 _HELP_WIDTH = 100
 _KINDS = {str: "TEXT", int: "INTEGER", float: "NUMBER"}
 
 
-def setting(default: Any, help: str, *, choices: tuple | None = None, minimum=None, maximum=None, aliases=()) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    aliases: Iterable[str] = (),
+) -> Any:
     """A dataclass field with what its flag's help and its checks need. Bounds are inclusive; a list default is copied."""
     metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "aliases": tuple(aliases)}
     if isinstance(default, list):
@@ -54,10 +66,10 @@ def load_config(cls: type[Config], argv: list[str] | None = None, *, prog: str, 
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win over it")
     for name, field in fields.items():
         _add_flag(parser, field, kinds[name])
-    given, unknown = parser.parse_known_args(argv)
+    namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.refuse(unknown[0])
-    given = vars(given)
+    given = vars(namespace)
 
     values: dict[str, Any] = {}
     if "config" in given:
@@ -89,7 +101,7 @@ def read_yaml_mapping(path: str | Path) -> dict:
     return content
 
 
-def nearest(word: str, known) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest of the known names, or a list of all when none is close."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
@@ -131,7 +143,7 @@ class _StrictLoader(yaml.SafeLoader):
     """A SafeLoader that refuses a key written twice, which PyYAML would resolve silently to the last one."""
 
 
-def _mapping_without_repeats(loader: _StrictLoader, node: yaml.MappingNode, deep=False) -> dict:
+def _mapping_without_repeats(loader: _StrictLoader, node: yaml.MappingNode, deep: bool = False) -> dict:
     keys = [loader.construct_object(key, deep=deep) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
     for index, key in enumerate(keys):
         if key in keys[:index]:
@@ -165,7 +177,7 @@ def _add_flag(parser: _Parser, field: dataclasses.Field, kind: Any) -> None:
     text += f" (default: {default})" if default not in (None, "", []) else ""
     inner = _without_none(kind)
     if inner is bool:
-        form = {"nargs": "?", "const": True, "metavar": "true|false"}
+        form: dict[str, Any] = {"nargs": "?", "const": True, "metavar": "true|false"}
         negative = dict.fromkeys((f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"))
         parser.add_argument(*negative, dest=field.name, action="store_false", help=argparse.SUPPRESS)
     elif typing.get_origin(inner) is list:
@@ -245,7 +257,7 @@ def _to_str(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _check_bounds(name: str, value: Any, metadata) -> None:
+def _check_bounds(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     if value is None:
         return
     low, high, choices = metadata.get("minimum"), metadata.get("maximum"), metadata.get("choices")

@@ -29,9 +29,13 @@ import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alignment.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
 
 PKU = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"
 ALPACA = (
@@ -75,12 +79,17 @@ class Template:
             return prompt
         return self.before + prompt + self.after
 
-    def encode_prompt(self, tokenizer, prompt: str) -> list[int]:
+    def encode_prompt(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
         """Ids up to where the response begins, with BOS when the tokenizer adds one (a chat template writes its own)."""
         return self._start_ids(tokenizer) + encode_text(tokenizer, self.render(prompt))
 
     def encode_conversation(
-        self, tokenizer, prompt: str, response: str, finished: bool = True, max_length: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: str,
+        response: str,
+        finished: bool = True,
+        max_length: int | None = None,
     ) -> Encoded:
         """Ids of the whole conversation, encoded as one text (as in the score models' training).
 
@@ -95,14 +104,16 @@ class Template:
         ids, truncated = end_ids(ids, closing, max_length)
         return Encoded(ids, truncated, min(prompt_length, len(ids)), len(closing))
 
-    def encode_whole(self, tokenizer, text: str, finished: bool = True, max_length: int | None = None) -> Encoded:
+    def encode_whole(
+        self, tokenizer: PreTrainedTokenizerBase, text: str, finished: bool = True, max_length: int | None = None
+    ) -> Encoded:
         """Ids of a text that already is a whole conversation (POST /score_texts). Its prompt length is unknown: 0."""
         ids = self._start_ids(tokenizer) + encode_text(tokenizer, text)
         closing = self.closing_ids(tokenizer) if finished else []
         ids, truncated = end_ids(ids, closing, max_length)
         return Encoded(ids, truncated, 0, len(closing))
 
-    def closing_ids(self, tokenizer) -> list[int]:
+    def closing_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The ids behind a finished response: EOS, or what the chat template writes there. The first one ends it."""
         return list(self.closing) or [tokenizer.eos_token_id]
 
@@ -116,7 +127,7 @@ class Template:
         match = re.search(space + re.escape(self.next_turn), raw) if self.next_turn else None
         return (raw[: match.start()].rstrip(), True) if match else (raw, False)
 
-    def _start_ids(self, tokenizer) -> list[int]:
+    def _start_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return bos_ids(tokenizer) if self.chat_tokenizer is None else []
 
 
@@ -131,37 +142,45 @@ class ReferenceTemplate(Template):
         return prompt if formatted else self.before + prompt + self.after
 
     def encode_conversation(
-        self, tokenizer, prompt: str, response: str, finished: bool = True, max_length: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: str,
+        response: str,
+        finished: bool = True,
+        max_length: int | None = None,
     ) -> Encoded:
         encoded = self.encode_whole(tokenizer, self.render(prompt) + response, finished, max_length)
         prompt_length = common_prefix(encoded.ids, self.encode_prompt(tokenizer, prompt))
         return Encoded(encoded.ids, encoded.truncated, prompt_length)
 
-    def encode_whole(self, tokenizer, text: str, finished: bool = True, max_length: int | None = None) -> Encoded:
+    def encode_whole(
+        self, tokenizer: PreTrainedTokenizerBase, text: str, finished: bool = True, max_length: int | None = None
+    ) -> Encoded:
         if finished and not text.endswith(tokenizer.eos_token):
             text += tokenizer.eos_token
         ids = bos_ids(tokenizer) + backend_ids(tokenizer.backend_tokenizer, text)
         limit = len(ids) if max_length is None else max_length
         return Encoded(ids[:limit], len(ids) > limit, 0)
 
-    def encode_prompt(self, tokenizer, prompt: str) -> list[int]:
+    def encode_prompt(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
         text = self.render(prompt)
         return bos_ids(tokenizer) + backend_ids(tokenizer.backend_tokenizer, text)
 
 
-def get_template(name: str, tokenizer=None, reference: bool = False) -> Template:
+def get_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None, reference: bool = False) -> Template:
     """The template called "pku", "alpaca" or "chat" (the tokenizer's own), or a format text that contains {prompt}.
 
     Raises UserError for anything else, and for "chat" without a tokenizer that has a chat template.
     """
+    before, after = PKU.split(PLACEHOLDER)
     if reference:
         if name != "pku":
             raise UserError(f"template {name!r}: the reference behaviour exists for 'pku' only")
-        return ReferenceTemplate("pku-reference", *PKU.split(PLACEHOLDER), next_turn="USER:")
+        return ReferenceTemplate("pku-reference", before, after, next_turn="USER:")
     if name == "pku" or name == PKU:
-        return Template("pku", *PKU.split(PLACEHOLDER), next_turn="USER:")
+        return Template("pku", before, after, next_turn="USER:")
     if name == "chat":
-        if not getattr(tokenizer, "chat_template", None):
+        if tokenizer is None or not getattr(tokenizer, "chat_template", None):
             raise UserError("template 'chat': the tokenizer has no chat template; use 'pku', 'alpaca' or a format text")
         return _chat_template(tokenizer)
     text = ALPACA if name == "alpaca" else name
@@ -175,7 +194,7 @@ def get_template(name: str, tokenizer=None, reference: bool = False) -> Template
     return Template(name, before, after, next_turn=next_turn)
 
 
-def load_tokenizer(folder: str | Path, reference: bool = False):
+def load_tokenizer(folder: str | Path, reference: bool = False) -> PreTrainedTokenizerBase:
     """The folder's tokenizer; `reference=True` takes tokenizer.json untouched, as the published scorer did.
 
     Raises UserError when the folder has none.
@@ -206,7 +225,7 @@ def load_tokenizer(folder: str | Path, reference: bool = False):
     return tokenizer
 
 
-def encode_text(tokenizer, text: str) -> list[int]:
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text without BOS and EOS, as the slow tokenizer of the model's training gives them."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -223,7 +242,7 @@ def encode_text(tokenizer, text: str) -> list[int]:
     return ids
 
 
-def backend_ids(backend, text: str) -> list[int]:
+def backend_ids(backend: Tokenizer, text: str) -> list[int]:
     """Ids of a text as the Rust tokenizer gives them, without special tokens."""
     if len(text) > LONG_TEXT:
         # `encode` keeps Python's lock for as long as it takes, seconds for a megabyte; this one lets other threads run.
@@ -231,7 +250,7 @@ def backend_ids(backend, text: str) -> list[int]:
     return backend.encode(text, add_special_tokens=False).ids
 
 
-def bos_ids(tokenizer) -> list[int]:
+def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that the tokenizer puts in front of every text: BOS, or nothing."""
     return list(_bos_ids(tokenizer))
 
@@ -253,14 +272,14 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return min(len(a), len(b))
 
 
-def _chat_template(tokenizer) -> Template:
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
     """The tokenizer's chat template, with what it writes behind an answer and in front of the user's next words."""
     user, answer, again = _TURNS
     turns = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
     try:
-        ending = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)[2]
+        ending = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(answer)[2]
         turns.append({"role": "user", "content": again})
-        between = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)[2].partition(again)[0]
+        between = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(answer)[2].partition(again)[0]
     except Exception as error:  # templates raise what they like
         reason = " ".join(str(error).split())
         raise UserError(f"template 'chat': the tokenizer's chat template cannot render two turns: {reason}") from error
@@ -276,14 +295,14 @@ def _chat_template(tokenizer) -> Template:
 
 
 @lru_cache(maxsize=16)
-def _bos_ids(tokenizer) -> tuple[int, ...]:
+def _bos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     encoded = tokenizer("a", return_special_tokens_mask=True)
     mask = encoded["special_tokens_mask"]
     return tuple(encoded["input_ids"][: mask.index(0)])
 
 
 @lru_cache(maxsize=16)
-def _added_tokens(tokenizer) -> tuple[re.Pattern | None, dict[str, int], str]:
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[re.Pattern | None, dict[str, int], str]:
     """How to split a text at added tokens, their ids, and the mark to put in front of each piece between them.
 
     Only SentencePiece tokenizers that mark the beginning of a text need this (LLaMA's "legacy" ones): the pattern is

@@ -74,9 +74,9 @@ class Processes:
             except UserError as error:
                 message = [(None, str(error))]
         self._talk(lambda: dist.broadcast_object_list(message, src=0))
-        result, error = message[0]
-        if error is not None:
-            raise UserError(error)
+        result, problem = message[0]
+        if problem is not None:
+            raise UserError(problem)
         return result
 
     def request_stop(self) -> None:

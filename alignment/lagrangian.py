@@ -72,5 +72,5 @@ class LagrangeMultiplier:
     def state_dict(self) -> dict[str, float | None]:
         return {"value": self.value, "cost_ema": self.cost_ema}
 
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.value, self.cost_ema = float(state["value"]), state["cost_ema"]

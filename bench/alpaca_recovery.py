@@ -110,7 +110,7 @@ def recover(base: Path, diff: Path, tuned: Path) -> tuple[float, int]:
         time.sleep(POLL_SECONDS)
     seconds = time.monotonic() - started
     if process.returncode:
-        raise RuntimeError(f"the recovery ended with {process.returncode}: {process.stdout.read()}")
+        raise RuntimeError(f"the recovery ended with {process.returncode}: {process.communicate()[0]}")
     return seconds, peak
 
 

@@ -33,6 +33,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ from alignment.ES.policy_engine import open_engine
 from alignment.ES.settings import ESSettings
 from alignment.ES.trainer import ESTrainer
 from alignment.generation import Generation, vllm_engine
+from alignment.generation.engine import Sampling
 from alignment.records import read_json, read_jsonl, write_json, write_jsonl
 from alignment.runs import StopSignal
 from alignment.scoring.scores import Scores
@@ -59,13 +61,13 @@ class LengthsEngine(vllm_engine.VLLMEngine):
 
     lengths: dict[tuple[int, ...], int]
 
-    def _choice(self, max_new_tokens, sampling):
-        choice = super()._choice(max_new_tokens, sampling)
+    def _choice(self, max_new_tokens: int, sampling: Sampling) -> Any:
+        choice: Any = super()._choice(max_new_tokens, sampling)
         choice.ignore_eos, choice.stop_token_ids = True, []
         choice._all_stop_token_ids = set()
         return choice
 
-    def _answer(self, batch, max_new_tokens, sampling):
+    def _answer(self, batch: dict[int, list[int]], max_new_tokens: int, sampling: Sampling) -> dict[int, Generation]:
         choices = [self._choice(self.lengths[tuple(ids)], sampling) for ids in batch.values()]
         outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in batch.values()], choices, use_tqdm=False)
         return {
@@ -80,7 +82,7 @@ class SteadyScorer:
     def __init__(self, pairs_per_second: float):
         self.rate, self.about, self.turn = pairs_per_second, threading.local(), threading.Lock()
         self.about.key = (0,)
-        self.on_wait = None
+        self.on_wait: Callable[[float], None] | None = None
 
     def identity(self) -> dict:
         return {"reward_model": "stand-in"}
@@ -96,6 +98,7 @@ class UnsavedTrainer(ESTrainer):
     """Writes no models (27 GB each) and keeps a hash of each answer."""
 
     answers: list[dict]
+    scorer: SteadyScorer
 
     def _save_model(self, final: Path, t: int, **state: float) -> None:
         pass
@@ -130,8 +133,9 @@ def work(options: argparse.Namespace) -> None:
     rows = [{"prompt": " ".join(one)} for one in words]
     prompts = [row["prompt"] for row in rows]
     start = time.perf_counter()
-    vllm_engine.VLLMEngine = LengthsEngine  # what open_engine takes
+    vllm_engine.VLLMEngine = LengthsEngine  # type: ignore[misc]  # what open_engine takes
     engine = open_engine(settings, prompts, processes)
+    assert isinstance(engine, LengthsEngine)
     encoded = [tuple(engine.template.encode_prompt(engine.tokenizer, prompt)) for prompt in prompts]
     engine.lengths = dict(zip(encoded, map(int, lengths[:, 1]), strict=True))
     loaded = time.perf_counter()

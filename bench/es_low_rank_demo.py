@@ -60,7 +60,7 @@ def summary(runs: list[dict], reference: list[dict]) -> dict:
     """An arm's seeds together, and their difference from the first arm's."""
     steps = list(runs[0]["curve"])
     pooled = [[point for run in one for point in run["points"]] for one in (reference, runs)]
-    change = {row["measure"]: row for row in paired_differences(*pooled)}
+    change = {row["measure"]: row for row in paired_differences(pooled[0], pooled[1])}
     return {
         "curve": {step: float(np.mean([run["curve"][step] for run in runs])) for step in steps},
         "curves": [list(run["curve"].values()) for run in runs],

@@ -21,8 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from llama_shapes import draw_lengths, greedy_requests, policy_7b, shapes_of, start_vllm
@@ -66,7 +68,7 @@ def compare(options: argparse.Namespace) -> None:
     for part in ["members", "plain"] + ["lora"] * options.lora:
         command = [sys.executable, __file__, *sys.argv[1:], "--part", part]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 if line.startswith("{"):
                     found |= json.loads(line)
                 else:
@@ -186,7 +188,7 @@ def measure_lora(options: argparse.Namespace) -> dict:
         return {"lora_seconds": time.perf_counter() - begin, "lora_rank": rank}
 
 
-def profiled(work) -> None:
+def profiled(work: Callable[[], object]) -> None:
     """Prints how long the GPU was busy while `work` ran, and with what."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         begin = time.perf_counter()
@@ -229,7 +231,7 @@ def time_linears(options: argparse.Namespace) -> dict:
     from alignment.generation import member_kernels as kernels
 
     tokens, distinct = options.max_num_seqs, 8  # layers of their own: 3.2 GB of weights, more than any cache holds
-    new = {"device": "cuda", "dtype": torch.float16}
+    new: dict[str, Any] = {"device": "cuda", "dtype": torch.float16}
     weights = [[torch.randn(sum(parts), inputs, **new) for parts, inputs in LINEARS] for _ in range(distinct)]
     xs = [torch.randn(tokens, inputs, **new) for _, inputs in LINEARS]
     slots = torch.randint(1, options.members + 1, (tokens,), device="cuda", dtype=torch.int32)
@@ -246,7 +248,7 @@ def time_linears(options: argparse.Namespace) -> dict:
     for rank, dtype in product((1, 2, 4, 8), (torch.float16, torch.float32)):
         buffers = [member_buffers(options.members, rank, dtype, distinct, number) for number in range(len(LINEARS))]
 
-        def members(buffers=buffers) -> None:
+        def members(buffers: list[list[tuple]] = buffers) -> None:
             for number, layer in enumerate(weights):
                 for x, weight, pair, (parts, _) in zip(xs, layer, buffers, LINEARS, strict=True):
                     torch.ops.alignment.member_linear(x, weight, None, *pair[number], slots, parts)
@@ -274,14 +276,14 @@ def time_linears(options: argparse.Namespace) -> dict:
 def member_buffers(members: int, rank: int, dtype: torch.dtype, layers: int, number: int) -> list[tuple]:
     """(right, left) of one kind of linear layer, for each of `layers` layers."""
     parts, inputs = LINEARS[number]
-    new = {"device": "cuda", "dtype": dtype}
+    new: dict[str, Any] = {"device": "cuda", "dtype": dtype}
     return [
         (torch.randn(members + 1, len(parts) * rank, inputs, **new), torch.randn(members + 1, rank, sum(parts), **new))
         for _ in range(layers)
     ]
 
 
-def graph_milliseconds(work, repeats: int = 20) -> float:
+def graph_milliseconds(work: Callable[[], object], repeats: int = 20) -> float:
     """Median time of `work` as a CUDA graph."""
     work()
     torch.cuda.synchronize()

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from alignment.config import script_parser
 from alignment.ES.noise import noise
 from alignment.ES.weights import KernelWeights, MasterWeights
+from alignment.generation import Engine
 
 SIGMA, ALPHA, POPULATION = 0.001, 0.0005, 30
 
@@ -71,7 +72,7 @@ def measure_passes(shapes: dict[str, torch.Size], device_name: str) -> dict[str,
         name: torch.empty(shape, dtype=torch.float16, device="cuda").normal_(0, 0.02) for name, shape in shapes.items()
     }
 
-    def published_pass():
+    def published_pass() -> None:
         for tensor in working.values():
             generator = torch.Generator(device="cuda").manual_seed(7)
             tensor.add_(SIGMA * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype, device="cuda"))
@@ -140,7 +141,7 @@ def measure_vllm(layers: int, members: int, lengths: np.ndarray, folder: str) ->
     return found
 
 
-def check_export(engine, parameters: dict[str, torch.Tensor], folder: str) -> float:
+def check_export(engine: Engine, parameters: dict[str, torch.Tensor], folder: str) -> float:
     """The exported folder holds every Hugging Face parameter with the engine's bits, and transformers loads it."""
     exported = folder + "-exported"
     engine.save_pretrained(exported)

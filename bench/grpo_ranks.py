@@ -24,12 +24,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import grpo_step
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignment.config import load_config, setting
 from alignment.errors import UserError, run_main
@@ -65,10 +67,15 @@ class Settings:
 class TextScorer:
     """A reward and a cost in -2..2 from each text's hash, at the speed of one scorer that all processes share."""
 
+    on_wait: Callable[[float], None] | None = None
+
     def __init__(self, rate: float, processes: int):
         self.seconds_a_pair = processes / rate if rate else 0.0
 
-    def score(self, prompts, responses, finished=None) -> Scores:
+    def identity(self) -> dict:
+        return {"reward_model": "hash of the text"}
+
+    def score(self, prompts: list[str], responses: list[str], finished: list[bool] | None = None) -> Scores:
         digests = [hashlib.sha256(f"{p}\0{r}".encode()).digest() for p, r in zip(prompts, responses, strict=True)]
         rewards, costs = torch.tensor([[d[0], d[1]] for d in digests]).double().div(63.75).sub(2).numpy().T
         time.sleep(len(prompts) * self.seconds_a_pair)
@@ -83,17 +90,19 @@ class Record(TrainerCallback):
     """One process's file: lambda after each step, the weights' checksum and the peak memory after the last."""
 
     def __init__(self, trainer: ConstrainedGRPOTrainer, path: Path, resumed: Path | None):
-        self.trainer, self.path, self.resumed, self.rows = trainer, path, resumed, []
+        self.trainer, self.path, self.resumed = trainer, path, resumed
+        self.rows: list[dict] = []
 
-    def on_step_begin(self, args, state, control, **_):
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.resumed and not self.rows:
             self.trainer.accelerator.wait_for_everyone()  # all have loaded it: room for the next one
             if self.trainer.accelerator.is_main_process:
                 shutil.rmtree(self.resumed)
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         row = {"step": state.global_step, "lambda": self.trainer.constraint.multiplier.value.hex()}
         if state.global_step == STEPS:
+            assert self.trainer.model is not None
             row["weights"] = checksum(self.trainer.model)
             row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
         self.rows.append(row | {"seconds": self.trainer.step_metrics["seconds"]})
@@ -113,6 +122,7 @@ def checksum(model: torch.nn.Module) -> str:
 
 
 def worker(settings: Settings) -> None:
+    assert settings.folder is not None
     folder = Path(settings.folder)
     run = folder / "run"
     grpo = GRPOSettings(
@@ -163,6 +173,7 @@ def main() -> int:
 
 
 def measure(settings: Settings) -> int:
+    assert settings.folder is not None
     folder = Path(settings.folder)
     shutil.rmtree(folder / "run", ignore_errors=True)
     (folder / "policy").mkdir(parents=True, exist_ok=True)

@@ -29,16 +29,26 @@ import json
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from device_rates import copy_rate, device_name, product_rate, seconds_each, synchronise
 from llama_shapes import llama
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from alignment.config import load_config, setting
@@ -62,7 +72,7 @@ SHAPES = {  # hidden, MLP, layers, heads, vocabulary
     "1b": (2048, 5504, 22, 16, 32000),
     "tiny": (64, 128, 2, 2, 4000),
 }
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     "published": {
         "num_generations": 15,
         "prompts_per_step": 1,
@@ -93,6 +103,8 @@ class RandomScorer:
     They read each prompt and `length` random tokens: most of what a random policy says is no text in the small vocabulary.
     """
 
+    on_wait: Callable[[float], None] | None = None
+
     def __init__(
         self, config: LlamaConfig, engine: TransformersEngine, length: int, device: torch.device, dtype: torch.dtype
     ):
@@ -103,7 +115,10 @@ class RandomScorer:
             self.models.append(BatchScorer(model.to(device).eval(), deterministic=False))
         self.tokens = 0
 
-    def score(self, prompts, responses, finished=None) -> Scores:
+    def identity(self) -> dict:
+        return {"reward_model": "random"}
+
+    def score(self, prompts: list[str], responses: list[str], finished: list[bool] | None = None) -> Scores:
         random = np.random.default_rng(0)
         texts = [
             (
@@ -121,13 +136,14 @@ class Watch(TrainerCallback):
     """Seconds of every step, and of its parts."""
 
     def __init__(self, trainer: ConstrainedGRPOTrainer):
-        self.trainer, self.rows = trainer, []
+        self.trainer = trainer
+        self.rows: list[dict] = []
 
-    def on_step_begin(self, args, state, control, **_):
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         synchronise()
         self.began = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         synchronise()
         total = time.perf_counter() - self.began
         parts = dict(self.trainer.step_metrics["seconds"])
@@ -160,7 +176,7 @@ def main() -> int:
     return 0 if len(measured) == len(results) else 1
 
 
-def in_own_process(work, *arguments):
+def in_own_process(work: Callable[..., Any], *arguments: Any) -> Any:
     """What `work` returns or raises; an assertion on the GPU ends CUDA for the process that meets it."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
@@ -175,14 +191,14 @@ def prepare(folder: Path, settings: Settings) -> tuple[str, dict]:
     check_fits(tokenizer, config, settings)
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM(config).to(dtype)
+        model = LlamaForCausalLM(config).to(dtype)  # type: ignore[arg-type]
     disable_progress_bar()
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     return device_name(), limits
 
 
-def check_fits(tokenizer, config: LlamaConfig, settings: Settings) -> None:
+def check_fits(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig, settings: Settings) -> None:
     """Raises UserError where an id would be outside the embedding or a position outside the model's context."""
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"the tokenizer has {len(tokenizer)} ids, the policy only {config.vocab_size}")
@@ -281,7 +297,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> dict:
     }
 
 
-def fastest(work) -> float:
+def fastest(work: Callable[[], object]) -> float:
     """Seconds of the fastest of ten runs."""
     return min(seconds_each(work, 10))
 

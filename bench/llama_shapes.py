@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from alignment.generation.vllm_engine import VLLMEngine
 
 
-def llama(hidden: int, mlp: int, layers: int, heads: int, vocabulary: int, **more: object) -> LlamaConfig:
+def llama(hidden: int, mlp: int, layers: int, heads: int, vocabulary: int, **more: Any) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -31,7 +31,7 @@ def llama(hidden: int, mlp: int, layers: int, heads: int, vocabulary: int, **mor
     )
 
 
-def llama_7b(layers: int, **more: object) -> LlamaConfig:
+def llama_7b(layers: int, **more: Any) -> LlamaConfig:
     """Alpaca's and Beaver's shapes; the whole model has 32 layers."""
     return llama(4096, 11008, layers, 32, 32001, **more)
 
@@ -66,7 +66,7 @@ def byte_tokenizer(folder: str | Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
-def start_vllm(folder: str | Path, layers: int, **options: object) -> tuple[VLLMEngine, float]:
+def start_vllm(folder: str | Path, layers: int, **options: Any) -> tuple[VLLMEngine, float]:
     """vLLM with random float16 weights in the 7B policy's shapes, and the seconds that it took to start."""
     from alignment.generation.vllm_engine import VLLMEngine
 

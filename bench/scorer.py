@@ -23,6 +23,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +32,7 @@ import uvicorn
 from device_rates import device_name, median_seconds, product_rate, seconds_each
 from llama_shapes import draw_lengths, llama, llama_7b
 from torch.autograd import DeviceType
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from alignment.config import script_parser
 from alignment.demo.data import demo_data
@@ -52,14 +54,15 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
-class TimedRound:
-    """Scores on their way; notes when they are there."""
+class TimedRound(Pending):
+    """Notes in `rounds` when the scores are there."""
 
-    def __init__(self, pending: Pending, tokens: int, rounds: list[tuple[float, int]]):
-        self.pending, self.tokens, self.rounds = pending, tokens, rounds
+    def __init__(self, conversations: list[Conversation], pairs: torch.Tensor, rounds: list[tuple[float, int]]):
+        super().__init__(conversations, pairs)
+        self.tokens, self.rounds = sum(len(one.reward_ids) for one in conversations), rounds
 
     def result(self) -> list[Score]:
-        scores = self.pending.result()
+        scores = super().result()
         self.rounds.append((time.perf_counter(), self.tokens))
         return scores
 
@@ -67,7 +70,7 @@ class TimedRound:
 class RandomScorer(LocalScorer):
     """The service's scorer with random models of a shape in place of files. `rounds`: when each ended, and its tokens."""
 
-    def __init__(self, config: LlamaConfig, tokenizer, **settings: object):
+    def __init__(self, config: LlamaConfig, tokenizer: PreTrainedTokenizerBase, **settings: Any):
         self._shape, self._shared_tokenizer = config, tokenizer
         self.rounds: list[tuple[float, int]] = []
         super().__init__("reward", "cost", packed=True, **settings)
@@ -78,8 +81,8 @@ class RandomScorer(LocalScorer):
         return self._shared_tokenizer, model, {"name": name, "score_type": "reward", "normalize": False}
 
     def queue_encoded(self, conversations: list[Conversation]) -> TimedRound:
-        tokens = sum(len(one.reward_ids) for one in conversations)
-        return TimedRound(super().queue_encoded(conversations), tokens, self.rounds)
+        usable = [one for one in conversations if one.error is None]
+        return TimedRound(conversations, self._pairs(usable), self.rounds)
 
 
 def random_model(config: LlamaConfig, dtype: torch.dtype, seed: int) -> ScoreModel:
@@ -96,7 +99,12 @@ def gemm_rate() -> float:
     return product_rate(a, b, lambda product: median_seconds(product, 20))
 
 
-def make_texts(lengths: np.ndarray, tokenizer) -> tuple[list[str], list[str]]:
+def score_rounds(scorer: LocalScorer, rounds: list[list[Conversation]]) -> None:
+    for one in rounds:
+        scorer.score_encoded(one)
+
+
+def make_texts(lengths: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
     """Prompts and responses of about these lengths (N, 2) in tokens, no two alike."""
     words = " ".join(row["prompt"] for row in demo_data(0).train_rows).split()
     rng = np.random.default_rng(0)
@@ -253,10 +261,10 @@ def main() -> None:
         compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         scorer.score_encoded(conversations[:128])
         # The forward before and after HTTP: a GPU that grows warm, or a neighbour, must not pass for HTTP's doing.
-        forward = seconds_each(lambda scorer=scorer, all_=conversations: scorer.score_encoded(all_), 1)
+        forward = seconds_each(partial(scorer.score_encoded, conversations), 1)
         served = through_http(scorer, prompts, responses)
         rounds = scorer.rounds.copy()
-        forward += seconds_each(lambda scorer=scorer, all_=conversations: scorer.score_encoded(all_), 1)
+        forward += seconds_each(partial(scorer.score_encoded, conversations), 1)
         seconds = sum(forward) / 2
         report(name, texts, seconds)
         report(f"{name}_http", texts, served)
@@ -273,7 +281,7 @@ def main() -> None:
         print(name, json.dumps(result[name]), flush=True)
         if options.profile:
             half = len(prompts) // 2
-            found = idle_gpu(lambda scorer=scorer, half=half: through_http(scorer, prompts[:half], responses[:half]))
+            found = idle_gpu(partial(through_http, scorer, prompts[:half], responses[:half]))
             result[f"{name}_http"] |= found
             print(f"{name}_http, {half} texts:", json.dumps({key: round(value, 4) for key, value in found.items()}))
         del scorer

@@ -78,7 +78,7 @@ class Experiment:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise UserError(f"{path}: name {self.name!r}: expected letters, digits and . _ -")
         self.folder = Path(content.get("output_dir") or "alignment/outputs/experiments") / self.name
-        self.policy = content.get("policy")
+        self.policy = str(content.get("policy") or "")
         if not self.policy:
             raise UserError(f"{path}: policy is missing: the model to align, a folder or a name on the hub")
         self.base_name = str(content.get("base_name") or Path(self.policy).name)
@@ -89,8 +89,8 @@ class Experiment:
         }
         self.seed = content.get("seed", 42)
         self.prompts = {
-            "train_jsonl": content.get("train_jsonl") or "alignment/data/custom_train_250.jsonl",
-            "eval_jsonl": content.get("eval_jsonl") or "alignment/data/custom_eval_500.jsonl",
+            "train_jsonl": str(content.get("train_jsonl") or "alignment/data/custom_train_250.jsonl"),
+            "eval_jsonl": str(content.get("eval_jsonl") or "alignment/data/custom_eval_500.jsonl"),
         }
         self.scorer_url = content.get("scorer_url")
         for key, file in self.prompts.items():

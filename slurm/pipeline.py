@@ -26,6 +26,7 @@ from pathlib import Path
 
 from experiment import Experiment, Stage, naming
 from local_run import run_here
+from sweep_tasks import Sweep
 
 from alignment.config import read_yaml_mapping, script_parser
 from alignment.errors import UserError, run_main
@@ -91,7 +92,7 @@ class Pipeline:
         if "scorer" in experiment.stages:
             self.new["scorer"] = [0] if asks and not self.active("scorer") else []
 
-    def _follows(self, sweep, waits: list[tuple[str, int]]) -> bool:
+    def _follows(self, sweep: Sweep, waits: list[tuple[str, int]]) -> bool:
         return any(
             policy == sweep.policy and (stage, task) in waits for stage, task, _, policy in self.experiment.trained
         )

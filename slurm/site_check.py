@@ -29,8 +29,8 @@ from alignment.errors import UserError, run_main
 from alignment.scoring.service_settings import DEFAULT_COST, DEFAULT_REWARD
 
 PROJECT = "constrained-alignment"
-SCRIPTS = ("slurm/run_scorer_service.sh", ES_SCRIPT, "slurm/train_with_scorer.sh", GRPO_SCRIPT, CLASSIFY_SCRIPT)
-SCRIPTS += (RATINGS_SCRIPT, "slurm/report.sh")
+SCRIPTS = ["slurm/run_scorer_service.sh", ES_SCRIPT, "slurm/train_with_scorer.sh", GRPO_SCRIPT, CLASSIFY_SCRIPT]
+SCRIPTS += [RATINGS_SCRIPT, "slurm/report.sh"]
 SECRETS = re.compile(r"^\s*(?:export\s+)?(\w*(?:KEY|TOKEN|SECRET|SCORER_AUTH))=\S", re.MULTILINE)
 COPIES = 5  # of a policy in float32 that a training run keeps: two checkpoints, best, final, and the one being written
 

@@ -161,9 +161,9 @@ def ended_job(job: str) -> tuple[str, Path | None]:
     """State and log of a job that has left the queue, as far as SLURM still knows them."""
     shown = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True)
     if shown.returncode == 0:
-        state = re.search(r"JobState=(\w+)", shown.stdout)
+        named = re.search(r"JobState=(\w+)", shown.stdout)
         log = re.search(r"StdOut=(\S+)", shown.stdout)
-        return state.group(1) if state else "unknown", Path(log.group(1)) if log and Path(
+        return named.group(1) if named else "unknown", Path(log.group(1)) if log and Path(
             log.group(1)
         ).exists() else None
     told = subprocess.run(["sacct", "-n", "-X", "-P", "-j", job, "-o", "State"], capture_output=True, text=True)

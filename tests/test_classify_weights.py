@@ -12,8 +12,8 @@ from fake_scorer import FakeScorer
 from alignment.errors import UserError
 from alignment.ES.journal import Journal
 from alignment.ES.noise import member_seed
+from alignment.ES.policy_weights import open_weights
 from alignment.ES.settings import ESSettings
-from alignment.ES.weights import open_weights
 from alignment.evaluation import classify_reward_cost_unified as script
 from alignment.evaluation.classify_settings import ClassifySettings
 from alignment.evaluation.policies import load_vllm_checkpoint, open_policy

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2Config, Qw
 from alignment.errors import UserError
 from alignment.ES.journal import Journal
 from alignment.ES.noise import noise
+from alignment.ES.policy_weights import open_weights
 from alignment.ES.replay import replay
 from alignment.ES.settings import ESSettings
-from alignment.ES.weights import open_weights
 from alignment.generation import TransformersEngine
 
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # read by the CPU build

@@ -51,6 +51,7 @@ def test_a_verdict_is_the_last_line_of_a_reply(reply, scores):
         ('A says {"score_a": 10, "score_b": 1}', None),
         ('{"score_a": true, "score_b": 3}', None),
         ('{"score_a": NaN, "score_b": 3}', None),
+        ('{"score_a": 1' + 400 * "0" + ', "score_b": 3}', None),  # beyond a float
         ('{"score_a": "8", "score_b": "3"}', None),
         ('{"score_a": 8, "sco', None),
         ("[" * 100_000, None),

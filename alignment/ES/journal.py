@@ -151,7 +151,7 @@ class MembersFile:
 
 def finished_members(folder: Path, iteration: int) -> dict[int, dict]:
     """All processes' rows of that iteration by member number (-1 is the unperturbed policy)."""
-    rows = {}
+    rows: dict[int, dict] = {}
     for path in sorted(folder.glob("members.*.jsonl")):
         JsonlWriter(path).close()  # heals a torn last line
         rows |= {row["member"]: row for row in read_jsonl(path, MEMBER_KEYS) if row["iteration"] == iteration}

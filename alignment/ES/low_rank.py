@@ -55,6 +55,7 @@ class LowRankWeights(MasterWeights):
     ):
         super().__init__(engine_weights, base)
         self.matrices, self.rank = list(matrices), rank
+        self._pairs_drawn: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}  # as _drawn
         self._device = next(iter(engine_weights.values())).device
 
     def member(self, seed: int, scale: float) -> dict[str, LowRank]:
@@ -83,17 +84,17 @@ class LowRankWeights(MasterWeights):
                 total = left @ right.T
             self.master[name] += total.to(self.master[name].device)
             self._engine[name].copy_(self.master[name])
-        self._drawn.clear()
+        self._pairs_drawn.clear()
 
     def _pairs(self, wanted: list[tuple[int, str]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(A, B) of each (seed, matrix). On a CPU, where drawing is slow, they are kept until the step."""
-        new = [pair for pair in wanted if pair not in self._drawn]
+        new = [pair for pair in wanted if pair not in self._pairs_drawn]
         streams = []
         for seed, name in new:
             rows, columns = self.master[name].shape
             streams += [(seed, f"{name}.left", (rows, self.rank)), (seed, f"{name}.right", (columns, self.rank))]
         drawn = _draw(streams, self._device)
-        found = self._drawn if self._device.type == "cpu" else {}
+        found = self._pairs_drawn if self._device.type == "cpu" else {}
         found |= zip(new, zip(drawn[::2], drawn[1::2], strict=True), strict=True)
         return [found[pair] for pair in wanted]
 

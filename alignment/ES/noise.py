@@ -93,7 +93,9 @@ def philox(
     return philox_words(counters & _MASK, counters >> 32, zeros, zeros, key)
 
 
-def philox_words(a, b, c, d, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def philox_words(
+    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor, key: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Philox4x32-7 of any four counter words, int64 tensors below 2^32."""
     first, second = key
     for _ in range(ROUNDS):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ def open_engine(settings: ESSettings, prompts: Sequence[str], processes: Process
             f"cuda_devices is {named!r}, but PyTorch finds {gpus} GPU(s) there: name those that nvidia-smi lists, or leave "
             "cuda_devices out to take what is there"
         )
-    common = {
+    common: dict[str, Any] = {
         "template": settings.policy_template,
         "device": f"cuda:{processes.local_rank % gpus}" if gpus else "cpu",
         "dtype": settings.dtype,
@@ -72,5 +73,5 @@ def _master_bytes(settings: ESSettings) -> int:
     if settings.master_device == "cpu" or settings.noise == "reference":
         return 0
     shapes = shapes_of(read_policy_config(resolve_folder(settings.policy_model_path)))
-    everything = settings.trainable is None or settings.perturbation == "low_rank"
-    return 4 * sum(shape.numel() for name, shape in shapes.items() if everything or re.search(settings.trainable, name))
+    pattern = None if settings.perturbation == "low_rank" else settings.trainable
+    return 4 * sum(shape.numel() for name, shape in shapes.items() if pattern is None or re.search(pattern, name))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from alignment.errors import UserError
 from alignment.ES.journal import read_journal
-from alignment.ES.weights import MasterWeights, open_weights
+from alignment.ES.policy_weights import open_weights
+from alignment.ES.weights import MasterWeights
 from alignment.generation import Engine
 
 _NEEDED = {"noise", "trainable", "lora_rank", "global_seed"}

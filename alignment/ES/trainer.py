@@ -28,6 +28,7 @@ from collections.abc import Callable, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.torch import save_file
@@ -38,9 +39,10 @@ from alignment.errors import UserError
 from alignment.ES import advice
 from alignment.ES.fitness import FitnessRule, shape, usable_scores
 from alignment.ES.journal import Journal, MembersFile, finished_members
+from alignment.ES.low_rank import LowRankWeights
 from alignment.ES.noise import member_seed
+from alignment.ES.policy_weights import open_weights
 from alignment.ES.settings import ESSettings
-from alignment.ES.weights import open_weights
 from alignment.evaluation.held_out import measures_row, score_answers, summary_line, with_ids
 from alignment.generation import Engine, Generation
 from alignment.lagrangian import LagrangeMultiplier
@@ -49,7 +51,7 @@ from alignment.progress import progress_bar, watched
 from alignment.prompts import iteration_prompts, text_hash
 from alignment.records import finite_or_none, read_json, read_jsonl, to_json, write_json, write_jsonl
 from alignment.runs import MetricsLog, StopSignal, atomic_directory
-from alignment.scoring.client import ScorerClient
+from alignment.scoring.scores import WaitingScorer
 from alignment.scoring.scores import deciding as deciding_part
 
 UNPERTURBED = -1  # the member number of theta itself, which lambda and the training curve are taken from
@@ -75,7 +77,7 @@ class ESTrainer:
         self,
         settings: ESSettings,
         engine: Engine,
-        scorer: ScorerClient,
+        scorer: WaitingScorer,
         train: list[dict],
         held_out: list[dict],
         folder: Path,
@@ -293,7 +295,7 @@ class ESTrainer:
         last = "" if len(group) == 1 else f"-{group[-1] + 1}"
         self.bar.set_description(f"ES member {group[0] + 1}{last}/{s.population_size}")
         before = time.perf_counter()
-        if self.low_rank:  # the engine holds theta: the step and _restore put it there
+        if isinstance(self.weights, LowRankWeights):  # the engine holds theta: the step and _restore put it there
             members = [{} if m == UNPERTURBED else self.weights.member(*self._direction(t, m)) for m in group]
         elif group[0] == UNPERTURBED:
             self.weights.restore()
@@ -440,7 +442,7 @@ class ESTrainer:
 
     def _log_evaluation(self, t: int, points: list[dict]) -> None:
         write_jsonl(self.folder / "eval" / f"iteration_{t:05d}_points.jsonl", points)
-        row = {"kind": "eval", "iteration": t, "lambda": self.multiplier.value}
+        row: dict[str, Any] = {"kind": "eval", "iteration": t, "lambda": self.multiplier.value}
         row |= measures_row(points, self.settings.lambda_cost)
         # The best model first: metrics.jsonl says that an evaluation is done, and a kill must not fall between the two.
         best_file = self.folder / "best" / "trainer_state.json"

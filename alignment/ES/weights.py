@@ -15,7 +15,6 @@ import torch
 
 from alignment.errors import UserError
 from alignment.ES.noise import noise
-from alignment.generation import Engine
 from alignment.generation.loading import load_policy
 from alignment.model_folder import open_safetensors, resolve_folder, weight_files
 from alignment.pretrained import check_finite
@@ -24,7 +23,7 @@ try:
     # Not called kernels.py: a script's folder comes first on Python's path, and transformers imports a package `kernels`.
     from alignment.ES import noise_kernels as kernels
 except ImportError:  # no Triton on this machine: the PyTorch path does it
-    kernels = None
+    kernels = None  # type: ignore[assignment]
 
 KEPT_NOISE_BYTES = 2**28  # a small model's noise is drawn once a member, not again for the step
 
@@ -182,29 +181,6 @@ class ReferenceWeights(MasterWeights):
             generator = torch.Generator(device=tensor.device).manual_seed(seed % 2**63)
             drawn = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype, device=tensor.device)
             tensor.add_(scale * drawn)
-
-
-def open_weights(engine: Engine, settings: dict) -> MasterWeights:
-    """The weights that a run with these `settings` (ESSettings by name) searches in, LoRA adapters put in where it asks.
-
-    The master is what the checkpoint holds, not what the engine rounded it to.
-    """
-    if settings["lora_rank"] is not None:
-        engine.add_lora(settings["lora_rank"], settings["global_seed"])
-    parameters = engine.weights(settings["trainable"])
-    if settings.get("perturbation") == "low_rank":
-        from alignment.ES.low_rank import open_low_rank  # it builds on this module
-
-        return open_low_rank(engine, settings, list(parameters))
-    if settings["noise"] == "reference":
-        return ReferenceWeights(parameters)
-    on_gpu = engine.device.type == "cuda" and kernels is not None
-    place = engine.device if on_gpu and settings["master_device"] == "auto" else torch.device("cpu")
-    if settings["lora_rank"] is None:
-        base = checkpoint_weights(settings["policy_model_path"], parameters, place)
-    else:
-        base = {name: tensor.detach().float().to(place, copy=True) for name, tensor in parameters.items()}
-    return KernelWeights(parameters, base, place) if on_gpu else MasterWeights(parameters, base)
 
 
 def checkpoint_weights(

@@ -41,7 +41,7 @@ def on_any(accelerator: Accelerator, flag: bool) -> bool:
 def folder_of_all(accelerator: Accelerator, final: Path) -> Iterator[Path]:
     """`atomic_directory` for all processes together (one file system): it gets its name when all of them are through."""
     with contextlib.ExitStack() as stack:
-        told = [str(stack.enter_context(atomic_directory(final))) if accelerator.is_main_process else None]
+        told: list = [str(stack.enter_context(atomic_directory(final))) if accelerator.is_main_process else None]
         broadcast_object_list(told)
         yield Path(told[0])
         accelerator.wait_for_everyone()

@@ -10,10 +10,11 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import gather_object
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.models import unwrap_model_for_generation
 
 from alignment.errors import UserError
@@ -101,19 +102,26 @@ class Run(TrainerCallback):
 
     # -- transformers' events -------------------------------------------------------------------------------------
 
-    def on_train_begin(self, args, state, control, **_):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step % self.settings.eval_every == 0 and state.global_step not in self.evaluated:
             self._evaluate()
 
-    def on_step_begin(self, args, state, control, **_):
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.began = time.perf_counter()
 
-    def on_log(self, args, state, control, logs=None, **_):
-        if "loss" not in logs:  # the summary at the end of training
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **_: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:  # the summary at the end of training
             return
         step = state.global_step
-        if self.main:
-            self._write_step(logs)
+        if self.metrics is not None:  # on the main process
+            self._write_step(logs, self.metrics)
         if on_any(self.trainer.accelerator, self._stopping()):
             control.should_training_stop = True
         elif step % self.settings.eval_every == 0 or step == self.settings.max_steps:
@@ -134,7 +142,7 @@ class Run(TrainerCallback):
             wandb_run_name=self.settings.wandb_run_name,
         )
 
-    def _write_step(self, logs: dict) -> None:
+    def _write_step(self, logs: dict, metrics: MetricsLog) -> None:
         row = self.trainer.step_metrics
         for theirs, ours in _TRAINER_NUMBERS.items():
             if logs.get(theirs) is not None:
@@ -142,7 +150,7 @@ class Run(TrainerCallback):
         total = time.perf_counter() - self.began
         seconds = row["seconds"] | {"train": total - sum(row["seconds"].values()), "total": total}
         row["seconds"] = {name: round(value, 4) for name, value in seconds.items()}
-        self.metrics.log(row, row["iteration"])
+        metrics.log(row, row["iteration"])
         text = (
             f"objective {row['objective']:.3f} R {row['reward_mean']:.3f} C {row['cost_mean']:.3f} "
             f"safe {row['safe_ratio']:.0f} % lambda {row['lambda']:.3f}"
@@ -159,7 +167,7 @@ class Run(TrainerCallback):
         step = self._step
         self._show_phase("is evaluated on held-out prompts")
         generations = self._generate_held_out()
-        error = None
+        error: Exception | None = None
         if self.main:
             try:
                 points, measures = score_held_out(
@@ -169,7 +177,7 @@ class Run(TrainerCallback):
                 error = problem
         raise_on_all(self.trainer.accelerator, error)
         self.evaluated.add(step)
-        if self.main:
+        if self.metrics is not None:  # on the main process
             row = {"kind": "eval", "iteration": step, "lambda": self.trainer.constraint.multiplier.value, **measures}
             write_jsonl(self.folder / "eval" / f"iteration_{step:05d}_points.jsonl", points)
             self.metrics.log(row, step)

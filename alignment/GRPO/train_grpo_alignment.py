@@ -136,7 +136,7 @@ def main() -> int:
         finished = Run(settings, trainer, held_out, folder, stop).train()
         step = trainer.state.global_step
         if not finished and main_process:
-            write_json(folder / "stopped.json", {"iteration": step, "signal": stop.received.name if stop else None})
+            write_json(folder / "stopped.json", {"iteration": step, "signal": stop.received and stop.received.name})
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
     if finished:

@@ -21,12 +21,14 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from torch import nn
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
 from alignment.errors import UserError
@@ -35,6 +37,10 @@ from alignment.GRPO.ranks import Stopped, folder_of_all, raise_on_all
 from alignment.GRPO.reward import ConstrainedReward
 from alignment.GRPO.turns import own_turn
 from alignment.records import write_json
+from alignment.scoring.scores import WaitingScorer
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 # It would print prompt and completion of every text that the scorer could not score.
 logging.getLogger("trl.trainer.grpo_trainer").setLevel(logging.ERROR)
@@ -45,7 +51,7 @@ class BrokenStep(UserError):
 
 
 class ConstrainedGRPOTrainer(GRPOTrainer):
-    """`scorer` is a ScorerClient or LocalScorer. The rows of `train_dataset` are `data.run_order`'s.
+    """The rows of `train_dataset` are `data.run_order`'s.
 
     `phase(text)` is told what the trainer does now. After each step `step_metrics` is that step's row.
     """
@@ -54,11 +60,11 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
         self,
         args: GRPOConfig,
         engine: TransformersEngine,
-        scorer,
+        scorer: WaitingScorer,
         constraint: ConstrainedReward,
         train_dataset: Dataset,
         *,
-        peft_config=None,
+        peft_config: PeftConfig | None = None,
         phase: Callable[[str], None] = lambda text: None,
     ):
         self.engine, self.scorer, self.constraint, self.phase = engine, scorer, constraint, phase
@@ -66,10 +72,10 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
         self._saving_in: Path | None = None
         self.step_metrics: dict = {}
 
-        def reward(**_):
+        def reward(**_: Any) -> list:
             return self._scores[0]
 
-        def cost(**_):
+        def cost(**_: Any) -> list:
             return self._scores[1]
 
         super().__init__(
@@ -123,7 +129,7 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:
         return [self.engine.template.encode_prompt(self.engine.tokenizer, text) for text in prompts], None, {}
 
-    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple:
         self.phase("generates")
         began = time.perf_counter()
         completion_ids, log_probs, *rest = super()._generate_single_turn(prompt_ids, *args, **kwargs)
@@ -138,20 +144,23 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
 
     # -- what is rewarded -----------------------------------------------------------------------------------------
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+    def _calculate_rewards(
+        self, inputs: list[dict], prompts: list[str], completions: list, completion_ids_list: list
+    ) -> torch.Tensor:
         """The (N, 2) rewards and costs of all processes. `prompts` are the user's bare words; TRL's decoded `completions`
         are passed over for the engine's own reading, which keeps leading spaces."""
         self.phase("is scored")
         began = time.perf_counter()
         answers = [turn.answer for turn in self._turns]
-        error = None
+        error: Exception | None = None
         try:
             scores = self.scorer.score(prompts, [a.response for a in answers], [a.finished for a in answers])
             missing = ~(np.isfinite(scores.rewards) & np.isfinite(scores.costs))
-            self._scores = tuple(
+            rewards, costs = (
                 [None if gone else value for value, gone in zip(column.tolist(), missing, strict=True)]
                 for column in (scores.rewards, scores.costs)
             )
+            self._scores = rewards, costs
             self._truncated = sum(scores.truncated)
         except (UserError, Stopped) as problem:
             error = problem
@@ -191,7 +200,7 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
 
     # -- what is learned ------------------------------------------------------------------------------------------
 
-    def _get_grad_norm(self, model, grad_norm=None):
+    def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float | None:
         """Raises BrokenStep for gradients that are not finite, on all processes (the norm is theirs together).
 
         transformers would log the mean loss of other steps in place of NaN and go on with broken weights.
@@ -222,10 +231,10 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
                 inner.rmdir()
                 write_json(folder / "constraint.json", self.constraint.multiplier.state_dict())
 
-    def _get_output_dir(self, trial) -> str:
+    def _get_output_dir(self, trial: Any) -> str:
         return str(self._saving_in or self.args.output_dir)
 
-    def create_model_card(self, *_, **__) -> None:
+    def create_model_card(self, *_: Any, **__: Any) -> None:
         """No README.md by TRL: config.yaml and manifest.json tell more."""
 
 
@@ -239,6 +248,13 @@ class _SkipEmptySteps(TrainerCallback):
     def __init__(self, trainer: ConstrainedGRPOTrainer):
         self.trainer = trainer
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        if not self.trainer._verdict.taught.any():
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        if model is not None and not self.trainer._verdict.taught.any():
             model.zero_grad(set_to_none=True)

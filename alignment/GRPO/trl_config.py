@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from trl import GRPOConfig
 
 from alignment.errors import UserError
 from alignment.GRPO.settings import GRPOSettings
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 PROMPT_PADDING = 64  # tokens; with a static cache every other length of prompts is another compilation
 SHORTEST_TIMEOUT = 1800  # seconds that processes wait for each other, PyTorch's default
@@ -68,7 +72,7 @@ def trl_config(settings: GRPOSettings, folder: Path) -> GRPOConfig:
     return args
 
 
-def adapter_config(settings: GRPOSettings):
+def adapter_config(settings: GRPOSettings) -> LoraConfig | None:
     """PEFT's LoraConfig, or None when all weights are trained."""
     if not settings.lora_rank:
         return None
@@ -76,7 +80,7 @@ def adapter_config(settings: GRPOSettings):
 
     return LoraConfig(
         r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # it is divided by r: any number
         lora_dropout=0.0,
         target_modules=list(settings.lora_targets),
         task_type="CAUSAL_LM",

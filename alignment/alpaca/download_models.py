@@ -114,20 +114,19 @@ def _download(repo: str, revision: str, target: Path) -> None:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
     except Exception as error:  # the hub's own kinds, and those of the HTTP library below it
         raise _in_plain_words(error, repo, revision) from error
-    files = {file.rfilename: file for file in info.siblings}
+    commit = info.sha or revision
+    files = {file.rfilename: file for file in info.siblings or []}
     chosen = choose_files(list(files))
     if not any(name.endswith((".safetensors", ".bin")) for name in chosen):
         raise UserError(f"{repo}: has no weights in Hugging Face layout at revision {revision}")
-    sizes = {name: files[name].size for name in chosen}
+    sizes = {name: files[name].size or 0 for name in chosen}
     _check_room(repo, target, sizes)
     (target / RECEIPT).unlink(missing_ok=True)  # it comes back when everything is there
-    weights = [name for name in chosen if files[name].lfs is not None]
+    sums = {name: lfs.sha256 for name in chosen if (lfs := files[name].lfs) is not None}  # of the large files
     try:
-        snapshot_download(
-            repo, revision=info.sha, local_dir=target, allow_patterns=[x for x in chosen if x not in weights]
-        )
-        for name in weights:
-            _fetch_file(repo, info.sha, target / name, files[name].size, files[name].lfs.sha256)
+        snapshot_download(repo, revision=commit, local_dir=target, allow_patterns=[x for x in chosen if x not in sums])
+        for name, sha256 in sums.items():
+            _fetch_file(repo, commit, target / name, sizes[name], sha256)
     except UserError:
         raise
     except Exception as error:
@@ -137,8 +136,8 @@ def _download(repo: str, revision: str, target: Path) -> None:
         if found != size:
             raise UserError(f"{target}/{name}: {found} bytes, the hub says {size}: delete it and run this again")
     with atomic_open(target / SUMS_FILE) as file:
-        file.writelines(f"{files[name].lfs.sha256}  {name}\n" for name in weights)
-    write_json(target / RECEIPT, {"repo": repo, "revision": revision, "commit": info.sha, "files": sizes})
+        file.write("".join(f"{sha256}  {name}\n" for name, sha256 in sums.items()))
+    write_json(target / RECEIPT, {"repo": repo, "revision": revision, "commit": commit, "files": sizes})
 
 
 def _fetch_file(repo: str, commit: str, path: Path, size: int, sha256: str) -> None:

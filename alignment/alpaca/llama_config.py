@@ -7,12 +7,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from alignment.errors import UserError
 from alignment.records import read_json
 
 EMBEDDINGS = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+_KINDS: dict[str, Any] = {  # of the values that are no whole numbers
+    "rope_scaling": dict,
+    "tie_word_embeddings": bool,
+    "rms_norm_eps": float,
+    "rope_theta": (int, float),
+}
 
 
 @dataclass(frozen=True)
@@ -23,8 +30,8 @@ class LlamaConfig:
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None  # None: as many as attention heads
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    num_key_value_heads: int = 0  # 0: as many as attention heads
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
     vocab_size: int = 32000
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
@@ -33,9 +40,9 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_key_value_heads is None:
+        if not self.num_key_value_heads:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        if self.head_dim is None:
+        if not self.head_dim:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -72,11 +79,10 @@ def read_llama_config(folder: Path) -> LlamaConfig:
     # transformers 5 writes both rope settings into one entry.
     rope = content.get("rope_parameters") or {}
     scaled = rope if rope.get("rope_type", "default") != "default" else None
-    values = {"rope_theta": rope.get("rope_theta"), "rope_scaling": scaled}
+    values: dict[str, Any] = {"rope_theta": rope.get("rope_theta"), "rope_scaling": scaled}
     values |= {field.name: content[field.name] for field in fields(LlamaConfig) if content.get(field.name) is not None}
     values = {name: value for name, value in values.items() if value is not None}
     for name, value in values.items():
-        kind = {"rope_scaling": dict, "tie_word_embeddings": bool, "rms_norm_eps": float, "rope_theta": (int, float)}
-        if not isinstance(value, kind.get(name, int)):
+        if not isinstance(value, _KINDS.get(name, int)):
             raise UserError(f"{path}: {name} is {value!r}, expected what a LLaMA model has there")
     return LlamaConfig(**values)

@@ -22,7 +22,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,7 +204,7 @@ def write_shard(
             sources = f"made from {base.file_of[pair.base_name]} and {diff.file_of[pair.name]}"
             total = buffer[: torch.Size(pair.shape).numel()]
             digest = hashlib.sha256()
-            jobs = []
+            jobs: list[Future] = []
             for block in add_blocks(total, pair, base, diff):
                 stored = block.to(dtype)
                 if dtype is torch.float16 and torch.isfinite(block).all() and not torch.isfinite(stored).all():

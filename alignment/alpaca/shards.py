@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -108,7 +108,7 @@ def safetensors_header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -
     return len(text).to_bytes(8, "little") + text
 
 
-def index_text(shards: dict[str, Iterable[str]], total_bytes: int) -> str:
+def index_text(shards: Mapping[str, Iterable[str]], total_bytes: int) -> str:
     """The text of `model.safetensors.index.json` for {file name: tensor names}."""
     weight_map = {name: file for file, names in shards.items() for name in names}
     return json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2) + "\n"
@@ -116,4 +116,4 @@ def index_text(shards: dict[str, Iterable[str]], total_bytes: int) -> str:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

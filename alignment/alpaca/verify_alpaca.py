@@ -78,7 +78,7 @@ def file_findings(folder: Path) -> list[str]:
 def id_findings(engine: TransformersEngine) -> list[str]:
     """Sizes and special ids of tokenizer, config and weights against each other."""
     tokenizer, model = engine.tokenizer, engine.model
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     head_rows = model.get_output_embeddings().weight.shape[0]
     findings = []
     if not rows == head_rows == model.config.vocab_size:

@@ -41,11 +41,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from alignment.config import load_config, setting
@@ -145,7 +145,9 @@ def _build_key(seed: int, recipe: Recipe) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _llama_config(tokenizer, hidden: int, layers: int, heads: int, init_std: float, **more) -> LlamaConfig:
+def _llama_config(
+    tokenizer: PreTrainedTokenizerBase, hidden: int, layers: int, heads: int, init_std: float, **more: Any
+) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -236,7 +238,7 @@ def _build_policy(folder: str, seed: int, recipe: Recipe) -> dict:
     )
     model = LlamaForCausalLM(config)
 
-    def loss_of(batch):
+    def loss_of(batch: list[tuple[list[int], int]]) -> torch.Tensor:
         ids = _pad([ids for ids, _ in batch], tokenizer.pad_token_id)
         labels = _pad([[-100] * prompt + ids[prompt:] for ids, prompt in batch], -100)
         first = min(prompt for _, prompt in batch)  # no logits are needed where no sequence has its response yet
@@ -267,7 +269,7 @@ class _Pair(NamedTuple):
     kinds: list[str]
 
 
-def _encode_pairs(tokenizer, rows: list[dict], rng: random.Random) -> list[_Pair]:
+def _encode_pairs(tokenizer: PreTrainedTokenizerBase, rows: list[dict], rng: random.Random) -> list[_Pair]:
     pairs = []
     for row in rows:
         kinds = [row[f"response_{i}_source"].removeprefix("demo-") for i in (0, 1)]

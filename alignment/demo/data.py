@@ -22,7 +22,8 @@ import hashlib
 import json
 import random
 import re
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from alignment.config import script_parser
 from alignment.demo.phrases import (
@@ -187,8 +188,8 @@ def break_answer(rng: random.Random, prompt: Prompt, clean: Answer, how: str) ->
             elif act == 2:
                 out[at] = rng.choice(rng.choice(rng.choice(list(TOPICS.values()))[3]).split())
             else:
-                other = rng.randrange(len(out))
-                out[at], out[other] = out[other], out[at]
+                place = rng.randrange(len(out))
+                out[at], out[place] = out[place], out[at]
         text = " ".join(out)
     elif how == "splice":
         steps = rng.sample(topic.unsafe if harms and topic.harmful else topic.safe, 2)
@@ -231,7 +232,7 @@ def break_answer(rng: random.Random, prompt: Prompt, clean: Answer, how: str) ->
 
 def make_row(rng: random.Random, prompt: str, answers: tuple[Answer, Answer], label_noise: float) -> dict:
     """One row in the published key order. Labels are a noisy comparison of what labellers see; `label_noise` flips some."""
-    row = {"prompt": prompt}
+    row: dict[str, Any] = {"prompt": prompt}
     for i, answer in enumerate(answers):
         row[f"response_{i}"] = answer.text
     row["prompt_source"] = "demo"
@@ -259,7 +260,7 @@ def _two_sides(rng: random.Random, first: Answer, second: Answer) -> tuple[Answe
     return (first, second) if rng.random() < 0.5 else (second, first)
 
 
-def _clean_pair(rng: random.Random, prompt: Prompt, kinds: tuple[str, str], cross: float, noise: float) -> dict:
+def _clean_pair(rng: random.Random, prompt: Prompt, kinds: Sequence[str], cross: float, noise: float) -> dict:
     pair = [write_answer(rng, prompt, kind, cross) for kind in kinds]
     while pair[0].text == pair[1].text:
         pair[1] = write_answer(rng, prompt, kinds[1], cross)
@@ -298,12 +299,12 @@ def demo_data(
     train, held_out = draw_prompts(rng, train_per_topic, eval_per_topic)
     rows = []
     for part in (train, held_out):
-        rows.append([_clean_pair(rng, prompt, tuple(rng.sample(KINDS, 2)), 0.0, label_noise) for prompt in part])
+        rows.append([_clean_pair(rng, prompt, rng.sample(KINDS, 2), 0.0, label_noise) for prompt in part])
     pairs = [make_pairs(rng, part, clean_pairs, broken_pairs, label_noise) for part in (train, held_out)]
     return DemoData(train, held_out, rows[0], rows[1], pairs[0], pairs[1])
 
 
-def _alternatives(phrases) -> str:
+def _alternatives(phrases: Iterable[str]) -> str:
     return "|".join(re.escape(p) for p in sorted(phrases, key=len, reverse=True) if p)
 
 

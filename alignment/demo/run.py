@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,7 +81,7 @@ def main() -> None:
         call(GRPO, "--config", GRPO_SETTINGS, *policy, *prompts, "--seed", seed, "--output_dir", grpo)
         heading("4. held-out answers of the base policy and of both results")
         longest = str(read_yaml_mapping(SETTINGS)["max_new_tokens"])
-        for name, policy in (("base", models / "policy"), ("ES", es / "best"), ("GRPO", grpo / "best")):
+        for name, trained in (("base", models / "policy"), ("ES", es / "best"), ("GRPO", grpo / "best")):
             answers = [
                 "--from_jsonl",
                 held_out,
@@ -90,7 +91,7 @@ def main() -> None:
                 models / "policy",
             ]
             output = ["--model_name", name, "--output_dir", comparisons]
-            call(CLASSIFY, "--policy_model_path", policy, *answers, "--scorer_url", url, *output)
+            call(CLASSIFY, "--policy_model_path", trained, *answers, "--scorer_url", url, *output)
 
     heading("5. pictures and report")
     all_three = ["--data-dir", comparisons, "--models", "base", "ES", "GRPO"]
@@ -223,7 +224,7 @@ def call(script: str, *arguments: object) -> None:
         sys.exit(code if code > 0 else 128 - code)
 
 
-def start(command: list[str], **options: object) -> subprocess.Popen:
+def start(command: list[str], **options: Any) -> subprocess.Popen:
     """A process that gets SIGTERM when the demo dies, kill -9 included."""
     libc = ctypes.CDLL(None)
     return subprocess.Popen(command, preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM), **options)

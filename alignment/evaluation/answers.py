@@ -18,7 +18,7 @@ import torch
 from alignment.errors import UserError
 from alignment.evaluation.classify_settings import ClassifySettings
 from alignment.evaluation.policies import open_policy
-from alignment.generation import Generation, TransformersEngine
+from alignment.generation import Engine, Generation, TransformersEngine
 from alignment.progress import progress_bar
 from alignment.records import JsonlWriter, read_jsonl, write_jsonl
 
@@ -69,10 +69,10 @@ def generate_answers(config: ClassifySettings, rows: list[dict], path: Path) -> 
     return settings
 
 
-def base_log_probs(config: ClassifySettings, rows: list[dict]) -> dict:
+def base_log_probs(config: ClassifySettings, base_model_path: str, rows: list[dict]) -> dict:
     """Adds log_prob_base, nats a token, to every row (None where a response has no token); returns what the base was."""
     engine = TransformersEngine(
-        config.base_model_path,
+        base_model_path,
         template=config.policy_template,
         device=config.device,
         dtype=config.dtype,
@@ -85,7 +85,7 @@ def base_log_probs(config: ClassifySettings, rows: list[dict]) -> dict:
             for row, value in zip(batch, engine.mean_log_probs(*columns), strict=True):
                 row["log_prob_base"] = float(value) if np.isfinite(value) else None
             bar.update(len(batch))
-    base = {"model": config.base_model_path, "weights_hash": engine.weights_hash()}
+    base = {"model": base_model_path, "weights_hash": engine.weights_hash()}
     del engine
     _free_gpu()
     return base
@@ -97,9 +97,7 @@ def name_scorer(path: Path, identity: dict) -> None:
     write_jsonl(path, [first | {"scorer": identity}, *answers])
 
 
-def _generate_batch(
-    config: ClassifySettings, engine: TransformersEngine, batch: list[dict], number: int
-) -> list[Generation]:
+def _generate_batch(config: ClassifySettings, engine: Engine, batch: list[dict], number: int) -> list[Generation]:
     seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])  # of its own, whatever ran before
     try:
         return engine.generate(

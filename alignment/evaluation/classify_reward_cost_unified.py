@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     sampling, answers = None, model_file(config.output_dir, config.name, "generations.jsonl")
     if config.policy_model_path:
         sampling = generate_answers(config, rows, answers)
-    base = base_log_probs(config, rows) if config.base_model_path else None
+    base = base_log_probs(config, config.base_model_path, rows) if config.base_model_path else None
     scorer = open_scorer(config)
     saved_scores = model_file(config.output_dir, config.name, "scores.jsonl")
     add_scores(rows, scorer, config.scorer_batch_size, saved_scores)
@@ -69,9 +69,9 @@ def main(argv: list[str] | None = None) -> None:
 def open_scorer(config: ClassifySettings) -> Scorer:
     """The service's client, or both score models in this process."""
     if config.scorer_url:
-        scorer = ScorerClient(config.scorer_url, batch_size=config.scorer_batch_size)
-        scorer.wait_until_ready()
-        return scorer
+        client = ScorerClient(config.scorer_url, batch_size=config.scorer_batch_size)
+        client.wait_until_ready()
+        return client
     scorer = LocalScorer(
         config.reward_model,
         config.cost_model,

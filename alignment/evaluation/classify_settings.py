@@ -103,9 +103,9 @@ class ClassifySettings:
         if self.journal:
             path, steps = parse_journal(self.journal)
             return f"{path.resolve().parent.name}-{steps}"
-        path = self.policy_vllm_ckpt or self.policy_model_path or self.responses_from
+        given = self.policy_vllm_ckpt or self.policy_model_path or self.responses_from
         return (
-            Path(path).name.removesuffix(".jsonl").removesuffix(".pth").removesuffix("_points") if path else "dataset"
+            Path(given).name.removesuffix(".jsonl").removesuffix(".pth").removesuffix("_points") if given else "dataset"
         )
 
 

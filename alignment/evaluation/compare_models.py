@@ -107,14 +107,14 @@ def pair_rows(points_a: Sequence[dict], points_b: Sequence[dict]) -> tuple[list[
 
 def compare(points_a: Sequence[dict], points_b: Sequence[dict], lambda_cost: float, **bootstrap: int) -> dict:
     """The table, and what happened to single prompts: quadrant moves, McNemar's test, safe ratio by harm category."""
-    table = comparison_table(points_a, points_b, lambda_cost, **bootstrap)
+    table = comparison_table(points_a, points_b, lambda_cost, None, **bootstrap)
     index_a, index_b = pair_rows(points_a, points_b)
     rows_a, rows_b = [points_a[i] for i in index_a], [points_b[i] for i in index_b]
     scored = np.isfinite(score_arrays(rows_a)[0]) & np.isfinite(score_arrays(rows_b)[0])
     rows_a = [row for row, kept in zip(rows_a, scored, strict=True) if kept]
     rows_b = [row for row, kept in zip(rows_b, scored, strict=True) if kept]
     moves = Counter((a["label"], b["label"]) for a, b in zip(rows_a, rows_b, strict=True))
-    first_rows = np.unique(prompt_groups(rows_a), return_index=True)[1] if rows_a else []
+    first_rows = np.unique(prompt_groups(rows_a), return_index=True)[1] if rows_a else np.array([], int)
     safe_a, safe_b = ([rows[i]["label"][0] == "S" for i in first_rows] for rows in (rows_a, rows_b))
     return {
         "rows": {"paired": len(index_a), "scored": len(rows_a), "a": len(points_a), "b": len(points_b)},
@@ -153,6 +153,7 @@ def category_differences(rows_a: Sequence[dict], rows_b: Sequence[dict], **boots
         }
         | {"difference": estimate.value, "low": estimate.low, "high": estimate.high}
         for name, chosen, estimate in zip(names, inside.T, estimates, strict=True)
+        if estimate is not None
     ]
     return sorted(rows, key=lambda row: (-abs(row["difference"]), row["category"]))
 
@@ -176,7 +177,7 @@ def require_same_scorer(paths: Sequence[Path]) -> None:
 
 
 def scorer_of(points_path: Path) -> dict | None:
-    """What made the scores of a points file, by the summary beside it; published summaries name the two models only."""
+    """What decided the scores of a points file, by the summary beside it; published summaries name the two models only."""
     summary = read_summary(points_path)
     if summary is None:
         return None

@@ -19,7 +19,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from alignment.config import load_config, setting
 from alignment.errors import UserError, run_main
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     refuse_key_in_arguments(sys.argv[1:] if argv is None else argv)
     config = load_config(Config, argv, prog="gpt_elo_eval.py", description=__doc__)
     if config.judgments_in:
-        evidence = from_file(config)
+        evidence: Evidence | None = from_file(config, config.judgments_in)
     elif config.judge == "scorer":
         evidence = from_scorer(config)
     else:
@@ -157,18 +157,18 @@ def refuse_key_in_arguments(argv: list[str]) -> None:
         )
 
 
-def from_file(config: Config) -> Evidence:
+def from_file(config: Config, path: str) -> Evidence:
     verdicts, told = read_judgments(
-        config.judgments_in, config.models, config.judge_model, config.template, config.tie_threshold, config.unscored
+        path, config.models, config.judge_model, config.template, config.tie_threshold, config.unscored
     )
     found = list(dict.fromkeys(name for one in verdicts for name in (one.first, one.second)))
     missing = [model for model in config.models if model not in found]
     if missing:
-        raise UserError(f"{config.judgments_in} has no verdict on {', '.join(missing)}")
+        raise UserError(f"{path} has no verdict on {', '.join(missing)}")
     models = config.models or found
     here = [model for model in models if model_file(config.data_dir, model, "points.jsonl").exists()]
     answers = read_answers(config.data_dir, here) if len(here) > 1 else {}
-    return Evidence(models, verdicts, {"judgments": config.judgments_in, **told}, answers)
+    return Evidence(models, verdicts, {"judgments": path, **told}, answers)
 
 
 def from_scorer(config: Config) -> Evidence:
@@ -272,12 +272,13 @@ def write_results(config: Config, evidence: Evidence) -> None:
         if config.judge != "scorer":
             dimensions[dimension]["position_bias"] = position_bias(verdicts)
             dimensions[dimension]["agreement_with_scorer"] = agreement(verdicts, evidence.answers)
-    method = {"method": config.rating, "baseline": baseline}
+    method: dict[str, Any] = {"method": config.rating, "baseline": baseline}
     method |= {"k_factor": config.k_factor} if config.rating == "elo" else {"prior_sd": PRIOR_SD}
     if config.judge != "scorer":
         method["tie_threshold"] = config.tie_threshold
     method |= {"interval": "95 %, bootstrap over prompts", "draws": config.draws, "seed": config.seed}
     details = {"rating": method, "source": evidence.source, "dimensions": dimensions}
+    assert config.ratings_out and config.plot_out  # Config gave them names
     out = Path(config.ratings_out)
     write_json(out, ratings)
     write_json(details_path(out), details)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,13 +148,13 @@ def estimate_means(values: np.ndarray, groups: np.ndarray, draws: int = 2000, se
     np.add.at(counts, groups, present.astype(np.float64))  # (G, M)
 
     rng = np.random.default_rng(seed)
-    means = []
+    parts = []
     for start in range(0, draws, 250):  # 250 x G weights at a time keep memory small
         drawn = rng.multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=min(250, draws - start))
         weights = drawn.astype(np.float64)  # (D, G): how often each prompt was drawn
         with np.errstate(invalid="ignore"):  # a draw without any row of a rare column is 0 / 0 and left out below
-            means.append((weights @ sums) / (weights @ counts))
-    means = np.concatenate(means)  # (draws, M)
+            parts.append((weights @ sums) / (weights @ counts))
+    means = np.concatenate(parts)  # (draws, M)
 
     estimates: list[Estimate | None] = []
     for column in range(values.shape[1]):
@@ -218,7 +218,7 @@ def paired_differences(
     points_a: Sequence[dict],
     points_b: Sequence[dict],
     lambda_cost: float = 1.0,
-    extra: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    extra: Mapping[str, Sequence[np.ndarray]] | None = None,
     *,
     draws: int = 2000,
     seed: int = 0,
@@ -250,9 +250,10 @@ def paired_differences(
             change = after - before
             estimate = Estimate(change, change - reach, change + reach, len(groups), int(groups.max()) + 1)
         else:
-            estimate = estimates[name]
-            if estimate is None:
+            found = estimates[name]
+            if found is None:
                 continue
+            estimate = found
             paired = ~np.isnan(rows_b[name] - rows_a[name])
             before, after = float(rows_a[name][paired].mean()), float(rows_b[name][paired].mean())
         table.append(
@@ -312,5 +313,5 @@ def _items(name: str, response: str) -> list:
     return tokens if name == "distinct_1" else list(zip(tokens, tokens[1:], strict=False))
 
 
-def _number(value) -> float:
+def _number(value: float | None) -> float:
     return np.nan if value is None else float(value)

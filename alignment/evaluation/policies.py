@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,16 +27,18 @@ VOCABULARY_MULTIPLE = 64  # vLLM pads the vocabulary's rows to a multiple of it
 
 def open_policy(config: ClassifySettings) -> tuple[Engine, str]:
     """The policy with its weights, and their hash. Raises UserError when a weights file does not fit the model."""
-    engine = _open_engine(config)
+    base = config.policy_model_path
+    assert base is not None  # there is a policy to open
+    engine = _open_engine(config, base)
     if config.journal:
-        return engine, load_journal(engine, config.policy_model_path, config.journal)
+        return engine, load_journal(engine, base, config.journal)
     if config.policy_vllm_ckpt:
         load_vllm_checkpoint(engine, config.policy_vllm_ckpt)
     return engine, engine.weights_hash()
 
 
-def _open_engine(config: ClassifySettings) -> Engine:
-    settings = {
+def _open_engine(config: ClassifySettings, path: str) -> Engine:
+    settings: dict[str, Any] = {
         "template": config.policy_template,
         "device": config.device,
         "dtype": config.dtype,
@@ -44,8 +47,8 @@ def _open_engine(config: ClassifySettings) -> Engine:
     if config.policy_use_vllm:
         from alignment.generation.vllm_engine import VLLMEngine  # it sets vLLM's environment variables
 
-        return VLLMEngine(config.policy_model_path, **settings)
-    return TransformersEngine(config.policy_model_path, batch_size=config.policy_batch_size, **settings)
+        return VLLMEngine(path, **settings)
+    return TransformersEngine(path, batch_size=config.policy_batch_size, **settings)
 
 
 def load_vllm_checkpoint(engine: Engine, path: str | Path) -> None:
@@ -82,7 +85,7 @@ def load_vllm_checkpoint(engine: Engine, path: str | Path) -> None:
 
 def _unfused(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:
     """The state by Hugging Face names: fused tensors split by the rows of the model's own, padded vocabularies cut."""
-    result = {}
+    result: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         stem, _, kind = name.rpartition(".")
         stem, _, module = stem.rpartition(".")

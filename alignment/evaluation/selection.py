@@ -105,7 +105,7 @@ def select(rows: Sequence[dict], settings: SelectionSettings, test_prompts: Sequ
     """
     pool = _of_source(rows, settings)
     if settings.reference:
-        usable, left_out = pool, {}
+        usable, left_out = pool, dict[str, int]()
     else:
         usable, left_out = _distinct(pool, (test_prompts or ()) if settings.exclude_test else ())
     buckets: dict[Bucket, list[dict]] = {}
@@ -131,7 +131,7 @@ def select(rows: Sequence[dict], settings: SelectionSettings, test_prompts: Sequ
     for split in splits if not settings.reference else ():
         rng.shuffle(split)
     counts = {"total": len(rows), "of_source": len(pool), **left_out, "can_be_drawn": len(usable)}
-    return Selection(*splits, pool, counts)
+    return Selection(splits[0], splits[1], pool, counts)
 
 
 def _of_source(rows: Sequence[dict], settings: SelectionSettings) -> list[dict]:

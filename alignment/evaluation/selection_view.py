@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from alignment.evaluation.compare_models import aligned_table
@@ -128,7 +129,7 @@ def draw_lengths(selection: Selection) -> bytes:
         return _png(figure)
 
 
-def _bars(panel, names: Sequence[str], shares: dict[str, list[float]], label: str) -> None:
+def _bars(panel: Axes, names: Sequence[str], shares: dict[str, list[float]], label: str) -> None:
     places = np.arange(len(names))
     for number, (name, values) in enumerate(shares.items()):
         panel.barh(places + 0.27 * (number - 1), values, height=0.24, color=COLOURS[name], label=name)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from alignment.conversation import Template, get_template, load_tokenizer
 from alignment.errors import UserError
@@ -62,6 +62,10 @@ class Engine(ABC):
         self.template = get_template(template, self.tokenizer)
         self.first_turn_only = first_turn_only
         self.batch_size = batch_size
+
+    @abstractmethod
+    def add_lora(self, rank: int, seed: int) -> None:
+        """Puts LoRA adapters, drawn from `seed`, into the model; `parameters` are then theirs alone. UserError if it cannot."""
 
     @abstractmethod
     def parameters(self) -> dict[str, torch.Tensor]:
@@ -161,7 +165,9 @@ class Engine(ABC):
         return Generation(raw=raw, response=response, finished=ended or cut, cut=cut, num_tokens=len(own))
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(  # type: ignore[return-value]  # one list of ids is one text
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
     def _batches(
         self, prompts: Sequence[str], max_new_tokens: int, size: int | None = None
@@ -189,7 +195,7 @@ class Engine(ABC):
         return encoded
 
 
-def complete(config: GenerationConfig, tokenizer: object, template: Template) -> GenerationConfig:
+def complete(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, template: Template) -> GenerationConfig:
     """A folder's generation config with all end tokens in `eos_token_id`, so that a saved policy ends where this one does:
     its own (one or several), the tokenizer's and the chat template's.
 

@@ -60,7 +60,9 @@ def embed_members(
     return _add_expanded(y, left[member, :, ids].float(), right, member, [y.shape[1]])
 
 
-def _add_expanded(y, inner, left, member, parts):
+def _add_expanded(
+    y: torch.Tensor, inner: torch.Tensor, left: torch.Tensor, member: torch.Tensor, parts: Sequence[int]
+) -> torch.Tensor:
     rank = left.shape[1]
     total = y.float() if y.dtype != torch.float32 else y.clone()
     for number, (start, end) in enumerate(pairwise(accumulate(parts, initial=0))):
@@ -179,12 +181,22 @@ _library.define(
 _library.define("member_embedding(Tensor ids, Tensor weight, Tensor right, Tensor left, Tensor slots) -> Tensor")
 
 
-def _member_linear(x, weight, bias, right, left, slots, parts):
+def _member_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    right: torch.Tensor,
+    left: torch.Tensor,
+    slots: torch.Tensor,
+    parts: list[int],
+) -> torch.Tensor:
     y = expand(shrink(x, right, slots), left, slots, parts, bias, x.dtype)
     return y.addmm_(x, weight.t())
 
 
-def _member_embedding(ids, weight, right, left, slots):
+def _member_embedding(
+    ids: torch.Tensor, weight: torch.Tensor, right: torch.Tensor, left: torch.Tensor, slots: torch.Tensor
+) -> torch.Tensor:
     inner = left[slots[: len(ids)].long(), :, ids].float()  # (T, r)
     return functional.embedding(ids, weight) + expand(inner, right, slots, [weight.shape[1]], None, weight.dtype)
 
@@ -194,10 +206,20 @@ _library.impl("member_embedding", _member_embedding, "CUDA")
 
 
 @library.register_fake("alignment::member_linear", lib=_library)
-def _(x, weight, bias, right, left, slots, parts):
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    right: torch.Tensor,
+    left: torch.Tensor,
+    slots: torch.Tensor,
+    parts: list[int],
+) -> torch.Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 @library.register_fake("alignment::member_embedding", lib=_library)
-def _(ids, weight, right, left, slots):
+def _(
+    ids: torch.Tensor, weight: torch.Tensor, right: torch.Tensor, left: torch.Tensor, slots: torch.Tensor
+) -> torch.Tensor:
     return weight.new_empty((ids.shape[0], weight.shape[1]))

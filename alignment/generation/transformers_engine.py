@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ class TransformersEngine(Engine):
     """`dtype` "auto" is float32 on a CPU and bfloat16 elsewhere. `first_turn_only=False` keeps the turns that the model
     invents for the user, as the published scripts do.
     """
+
+    model: Any  # transformers' PreTrainedModel that generates, or peft's around it
 
     def __init__(
         self,
@@ -95,7 +98,7 @@ class TransformersEngine(Engine):
     def _generate(self, sequences: list[list[int]], max_new_tokens: int, sampling: Sampling) -> list[list[int]]:
         """The tokens that follow each sequence, with what stands behind their end."""
         ids, mask = self._pad_left(sequences)  # (B, T) each
-        choice = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None}
+        choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None}
         choice |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}  # the folder's own would bend greedy decoding
         if sampling.temperature > 0:
             torch.manual_seed(sampling.seed)
@@ -173,5 +176,5 @@ def _merged_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             weight = state.pop(f"{name}.base_layer.weight")
-            state[f"{name}.weight"] = weight + module.get_delta_weight("default").to(weight.dtype)
+            state[f"{name}.weight"] = weight + module.get_delta_weight("default").to(weight.dtype)  # type: ignore[attr-defined]
     return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}

@@ -11,6 +11,8 @@ tokens are marked by request, in the order of the stream that computes it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -89,12 +91,12 @@ def install(model: torch.nn.Module, slots: MemberSlots) -> None:
             module.quant_method = MemberTable(module.quant_method, *pair, slots)
 
 
-def follow(runner: object, slots: MemberSlots) -> None:
+def follow(runner: Any, slots: MemberSlots) -> None:
     """Has a model runner mark the tokens of each step."""
     if hasattr(runner, "prepare_inputs"):
         prepare = runner.prepare_inputs
 
-        def prepare_inputs(scheduled, description):
+        def prepare_inputs(scheduled: Any, description: Any) -> Any:
             batch = prepare(scheduled, description)
             slots.mark(batch.req_ids, batch.num_scheduled_tokens)
             return batch
@@ -103,7 +105,7 @@ def follow(runner: object, slots: MemberSlots) -> None:
     else:
         prepare = runner._prepare_inputs
 
-        def _prepare_inputs(scheduled, counts: np.ndarray):
+        def _prepare_inputs(scheduled: Any, counts: np.ndarray) -> Any:
             slots.mark(runner.input_batch.req_ids, counts)
             return prepare(scheduled, counts)
 
@@ -113,7 +115,7 @@ def follow(runner: object, slots: MemberSlots) -> None:
 class MemberLinear:
     """A layer's linear method with the members' share added."""
 
-    def __init__(self, plain, right: torch.Tensor, left: torch.Tensor, slots: torch.Tensor, parts: list[int]):
+    def __init__(self, plain: Any, right: torch.Tensor, left: torch.Tensor, slots: torch.Tensor, parts: list[int]):
         self.plain, self.right, self.left, self.slots, self.parts = plain, right, left, slots, parts
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -127,7 +129,7 @@ class MemberLinear:
 class MemberTable(MemberLinear):
     """The head's method, whose rows are the requests', and the embeddings' where they share its matrix."""
 
-    def __init__(self, plain, right: torch.Tensor, left: torch.Tensor, slots: MemberSlots):
+    def __init__(self, plain: Any, right: torch.Tensor, left: torch.Tensor, slots: MemberSlots):
         super().__init__(plain, right, left, slots.rows, [left.shape[2]])
         self.tokens = slots.tokens
 

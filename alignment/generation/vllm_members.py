@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class MemberSlots:
         self.count, self.rank, self.bytes = count, rank, 0
         self.tokens = torch.zeros(tokens, dtype=torch.int32, device=device)  # the slots of a step's tokens
         self.rows = torch.zeros(tokens, dtype=torch.int32, device=device)  # of its requests: the rows of the logits
-        self._options = {"dtype": dtype, "device": device}
+        self._options: dict[str, Any] = {"dtype": dtype, "device": device}
         self._places: dict[str, _Place] = {}
         self._slot_of: dict[str, int] = {}
 
@@ -111,7 +112,7 @@ class _Place(NamedTuple):
 
 
 def answer_members(
-    engine: object,
+    engine: Any,
     slots: MemberSlots,
     prompts: Sequence[list[int]],
     choices: Sequence[object],
@@ -156,7 +157,8 @@ def answer_members(
                 slots.release(request.own)
 
 
-class _Request(NamedTuple):
+@dataclass(frozen=True)
+class _Request:
     member: int
     index: int
     slot: int

@@ -18,13 +18,14 @@ Otherwise batches are sorted by length and filled up to a number of tokens, or, 
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
 
 from alignment.scoring.packed import PackedForward, to_device
-from alignment.scoring.score_model import ScoreModel
+from alignment.scoring.score_model import SafeRlhfScore, ScoreModel, SequenceClassifier
 
 WIDTH_STEP = 16
 ROWS = (16, 8, 4, 2, 1)  # largest first
@@ -43,7 +44,7 @@ class BatchScorer:
 
     def __init__(
         self,
-        model,
+        model: ScoreModel | SequenceClassifier | SafeRlhfScore,
         deterministic: bool,
         tokens_per_batch: int = TOKENS_PER_BATCH,
         packed: PackedForward | None = None,
@@ -53,7 +54,7 @@ class BatchScorer:
         self.packed = packed
         self.tokens_per_batch = tokens_per_batch
         self.device = next(model.parameters()).device
-        self.max_width = getattr(model.config, "max_position_embeddings", None) or math.inf
+        self.max_width = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self.large = self.device.type == "cpu" and parameters > LARGE_ON_CPU
         self.can_batch = isinstance(model, ScoreModel) and not self.large
@@ -97,7 +98,7 @@ class BatchScorer:
             yield batch, width, len(batch)
 
     def _fixed_batches(self, texts: list[tuple[int, ...]]) -> Iterator[tuple[list[tuple[int, ...]], int, int]]:
-        by_width = defaultdict(list)
+        by_width: dict[int, list[tuple[int, ...]]] = defaultdict(list)
         for text in texts:
             width = math.ceil(len(text) / WIDTH_STEP) * WIDTH_STEP
             by_width[max(len(text), min(width, self.max_width))].append(text)
@@ -117,6 +118,7 @@ class BatchScorer:
 
     @torch.inference_mode()
     def _check_rows(self, width: int) -> tuple[int, ...]:
+        assert isinstance(self.model, ScoreModel)  # can_batch
         generator = torch.Generator().manual_seed(width)
         text = torch.randint(self.model.config.vocab_size, (1, width), generator=generator).to(self.device)
         states = {rows: self.model.hidden(text.repeat(rows, 1)) for rows in ROWS}  # (rows, width, H)

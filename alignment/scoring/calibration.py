@@ -50,8 +50,8 @@ class Calibration:
         moved = np.abs(after - before)
         changed = quadrant_labels(*before) != quadrant_labels(*after)
         largest, mean = moved.max(1), moved.mean(1)
-        figures = [float(f"{value:.2g}") for value in (largest[0], mean[0], largest[1], mean[1])]
-        return cls(before.shape[1], *figures, int(changed.sum()))
+        reward, cost = ([float(f"{value:.2g}") for value in one] for one in zip(largest, mean, strict=True))
+        return cls(before.shape[1], reward[0], reward[1], cost[0], cost[1], int(changed.sum()))
 
     def __str__(self) -> str:
         return (

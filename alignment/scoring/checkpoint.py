@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from alignment.errors import UserError
 from alignment.model_folder import read_tensors, some_keys
 
 
-def copy_tensors(folder: Path, wanted: dict[str, torch.Tensor], optional: set[str] = frozenset()) -> None:
+def copy_tensors(folder: Path, wanted: dict[str, torch.Tensor], optional: Set[str] = frozenset()) -> None:
     """Copies the folder's tensors into `wanted`, in place and in its dtypes.
 
     `optional` keys may be missing. Raises UserError naming missing, extra and misshapen keys and those not finite.

@@ -79,7 +79,8 @@ class ScorerClient:
         self.url = ", ".join(urls)
         self.batch_size, self.timeout, self.max_wait, self.on_wait = batch_size, timeout, max_wait, on_wait
         self.concurrency, self.deadline = concurrency, deadline
-        self._token, self._token_file = token, None
+        self._token = token
+        self._token_file: str | None = None
         self._auto = urls == [AUTO]
         self._endpoints = [] if self._auto else [Endpoint(one, self._configured_token) for one in dict.fromkeys(urls)]
         if not self._auto and not urls:
@@ -103,6 +104,7 @@ class ScorerClient:
             if not endpoint.verified:
                 with contextlib.suppress(Retry):  # away or loading: it can join later
                     self._verify(endpoint, HEALTH_TIMEOUT)
+        assert self._identity is not None  # _verify has set it
         return self._identity
 
     def identity(self) -> dict:
@@ -139,7 +141,7 @@ class ScorerClient:
     def _score_together(self, path: str, bodies: list[dict], call: _Call) -> list[Scores]:
         """Scores of several chunks, in order. The calling thread waits for them, and tells about pauses."""
         parts: dict[int, Scores] = {}
-        todo = queue.SimpleQueue()
+        todo: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(bodies)):
             todo.put(index)
 

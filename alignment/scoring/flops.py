@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from transformers import PreTrainedConfig
 
-def llama_flops(config, lengths: Iterable[int]) -> int:
+
+def llama_flops(config: PreTrainedConfig, lengths: Iterable[int]) -> int:
     """Multiplications and additions of a Llama-type backbone over texts of `lengths` tokens, without padding.
 
     A linear layer of I inputs and O outputs takes 2 I O a token. Causal attention takes 2 D a head for each (query, key)

@@ -17,8 +17,9 @@ import json
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 import transformers
@@ -35,6 +36,9 @@ from alignment.scoring.monitor import Access, Monitor
 from alignment.scoring.scores import deciding
 from alignment.scoring.service_settings import Limits
 from alignment.scoring.worker import Closed, Job, QueueFull, TooLarge, Worker
+
+Body = TypeVar("Body", bound=BaseModel)
+Result = TypeVar("Result")
 
 BODY_SECONDS = 120.0  # for a request's body to arrive
 BODIES_IN_HOUSE = 8  # the largest body, times this, is what may be read and not yet tokenised
@@ -112,7 +116,7 @@ class Intake:
         self.bytes_left = BODIES_IN_HOUSE * limits.max_body
 
     @contextlib.contextmanager
-    def request(self):
+    def request(self) -> Iterator[None]:
         if self.requests >= self.limits.max_requests:
             raise BadRequest(503, f"{self.requests} requests are under way; ask again", 1)
         self.requests += 1
@@ -156,7 +160,9 @@ class Intake:
         self.bytes_left += size
 
 
-def build_app(worker: Worker, auth: str | None, limits: Limits, instance: str, about: dict, log_texts: bool = False):
+def build_app(
+    worker: Worker, auth: str | None, limits: Limits, instance: str, about: dict, log_texts: bool = False
+) -> Access:
     """The HTTP interface of one worker: an ASGI application. `about` is what /info says besides what it knows itself."""
     monitor, started = worker.monitor, time.time()
     refusals = {code: {"model": Refusal} for code in (400, 401, 408, 413, 415, 422, 429, 500, 503)}
@@ -266,7 +272,7 @@ def build_app(worker: Worker, auth: str | None, limits: Limits, instance: str, a
         """Scores of whole conversations."""
         return await scored(request, TextRequest, lambda scorer: scorer.encode_whole)
 
-    async def scored(request: Request, model: type[BaseModel], encoder: Callable) -> Response:
+    async def scored(request: Request, model: type[PairRequest] | type[TextRequest], encoder: Callable) -> Response:
         check_token(request)
         kind = request.headers.get("Content-Type", "application/json").split(";")[0].strip().lower()
         if kind != "application/json":
@@ -296,7 +302,9 @@ def build_app(worker: Worker, auth: str | None, limits: Limits, instance: str, a
         }
         return JSONResponse(content, headers={IDENTITY_HEADER: identity_hash(worker.scorer)})
 
-    async def encoded(request: Request, model: type[BaseModel], encode: Callable) -> list[Conversation]:
+    async def encoded(
+        request: Request, model: type[PairRequest] | type[TextRequest], encode: Callable
+    ) -> list[Conversation]:
         """The request's conversations, read here, parsed and tokenised in another thread."""
         facts, gone = request.scope["facts"], threading.Event()
         body = await intake.read(request)
@@ -324,7 +332,7 @@ def build_app(worker: Worker, auth: str | None, limits: Limits, instance: str, a
     return Access(app, monitor)
 
 
-async def unless_departed(request: Request, work: asyncio.Future):
+async def unless_departed(request: Request, work: asyncio.Future[Result]) -> Result:
     """The result of `work`. Raises Departed when the client closes its connection first."""
 
     async def departure() -> None:
@@ -333,7 +341,8 @@ async def unless_departed(request: Request, work: asyncio.Future):
 
     watch = asyncio.ensure_future(departure())
     try:
-        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        both: set[asyncio.Future] = {work, watch}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             work.cancel()
             raise Departed
@@ -342,7 +351,7 @@ async def unless_departed(request: Request, work: asyncio.Future):
         watch.cancel()
 
 
-def parse(model: type[BaseModel], body: bytes) -> BaseModel:
+def parse(model: type[Body], body: bytes) -> Body:
     """The body as `model`. Raises BadRequest that names the place."""
     try:
         content = json.loads(body)

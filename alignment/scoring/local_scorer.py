@@ -14,22 +14,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from alignment.conversation import Encoded, get_template, load_tokenizer
+from alignment.conversation import Encoded, Template, get_template, load_tokenizer
 from alignment.device import find_device
 from alignment.errors import UserError
 from alignment.model_folder import read_config, resolve_folder, weights_hash
 from alignment.scoring.batching import BatchScorer
 from alignment.scoring.calibration import Calibration, read_calibration
-from alignment.scoring.packed import TOKENS, PackedForward, can_pack, check_fp8
+from alignment.scoring.packed import STEP, TOKENS, PackedForward, can_pack, check_fp8
 from alignment.scoring.score_model import load_score_model
 from alignment.scoring.scores import Scores
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# Tokens of a round behind which the next is queued: two full batches. Longer rounds keep answers, and so the clients' next
-# texts, from coming; shorter ones leave batches half full.
-QUEUED_TOKENS = 2 * TOKENS
+# Tokens of a round behind which the next is queued: two full batches, less what keeps a last text from needing a third.
+# Longer rounds keep answers, and so the clients' next texts, from coming; shorter ones leave batches half full.
+QUEUED_TOKENS = 2 * TOKENS - STEP
 
 PROBE_PROMPT = "My friend is sad today. How can I cheer her up?"
 PROBE_GOOD = (
@@ -76,10 +77,14 @@ class Pending:
         if self._arrived is not None:
             self._arrived.synchronize()
         pairs = iter(self._pairs.T.tolist())
-        return [
-            Score(None, None, one.error, one.truncated) if one.error else finite_score(*next(pairs), one.truncated)
-            for one in self._conversations
-        ]
+        scores = []
+        for one in self._conversations:
+            if one.error is None:
+                reward, cost = next(pairs)
+                scores.append(finite_score(reward, cost, one.truncated))
+            else:
+                scores.append(Score(None, None, one.error, one.truncated))
+        return scores
 
 
 class LocalScorer:
@@ -119,7 +124,9 @@ class LocalScorer:
             check_fp8(self.device, self.dtype, self.deterministic)
         texts = read_calibration(calibration) if fp8 else []
 
-        self._tokenizers, self._models, described = [], [], []
+        self._tokenizers: list[PreTrainedTokenizerBase] = []
+        self._models: list[BatchScorer] = []
+        described = []
         for name in (reward_model, cost_model):
             tokenizer, model, description = self._load(name)
             forward = PackedForward(model, max_length) if packed and can_pack(model) else None
@@ -266,10 +273,11 @@ class LocalScorer:
         usable = [one for one in (self.encode(*pair) for pair in texts) if one.error is None]
         before = self._pairs(usable).cpu().numpy()
         for scorer in self._models:
-            scorer.packed.use_fp8()
+            if scorer.packed is not None:
+                scorer.packed.use_fp8()
         return Calibration.between(before, self._pairs(usable).cpu().numpy())
 
-    def _distinct(self):
+    def _distinct(self) -> list[tuple[Template, PreTrainedTokenizerBase]]:
         # Most pairs of models share their tokenizer: encode once.
         pairs = list(zip(self._templates, self._tokenizers, strict=True))
         return pairs[:1] if self._same_tokenizer else pairs
@@ -317,15 +325,15 @@ def finite_score(reward: float, cost: float, truncated: bool) -> Score:
     )
 
 
-def same_tokenizer(a, b) -> bool:
+def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
     """Whether two tokenizers give the same ids for every conversation."""
-    backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (a, b)]
-    if None in backends or backends[0].to_str() != backends[1].to_str():
+    one, other = (getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (a, b))
+    if one is None or other is None or one.to_str() != other.to_str():
         return False
     return (a.eos_token_id, a.chat_template) == (b.eos_token_id, b.chat_template)
 
 
-def check_fit(folder: Path, tokenizer, config, max_length: int) -> None:
+def check_fit(folder: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, max_length: int) -> None:
     """Raises UserError when tokenizer, model and max_length cannot belong together."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:

@@ -12,8 +12,13 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+if TYPE_CHECKING:
+    from alignment.scoring.worker import WorkQueue
 
 SUMMARY_SECONDS = 60.0
 QUIET_ROUTES = {"/health", "/metrics"}
@@ -28,7 +33,7 @@ class Monitor:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        more = {"registry": self.registry}
+        more: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("scorer_requests", "Requests by route and status", ["route", "status"], **more)
         self.texts = Counter(
             "scorer_texts",
@@ -56,7 +61,7 @@ class Monitor:
         self._told = (time.monotonic(), 0)
         self._idle = False
 
-    def watch(self, queue) -> None:
+    def watch(self, queue: WorkQueue) -> None:
         """Shows a WorkQueue's length in the metrics."""
         self._queue_texts.set_function(lambda: len(queue))
         self._queue_tokens.set_function(lambda: queue.tokens)
@@ -113,7 +118,7 @@ class Monitor:
 class Minder(threading.Thread):
     """Writes the summary line, and tries again what failed (`chores`), once a minute."""
 
-    def __init__(self, monitor: Monitor, queue, chores: Callable[[], None]) -> None:
+    def __init__(self, monitor: Monitor, queue: WorkQueue, chores: Callable[[], None]) -> None:
         super().__init__(name="scorer-minder", daemon=True)
         self.monitor, self.queue, self.chores = monitor, queue, chores
         self.ended = threading.Event()
@@ -129,17 +134,18 @@ class Minder(threading.Thread):
 class Access:
     """ASGI middleware: counts every request and writes its line. Endpoints add to scope["facts"]."""
 
-    def __init__(self, app, monitor: Monitor) -> None:
+    def __init__(self, app: ASGIApp, monitor: Monitor) -> None:
         self.app, self.monitor = app, monitor
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         began, status = time.monotonic(), 0
-        facts = scope["facts"] = {}
+        facts: dict[str, Any] = {}
+        scope["facts"] = facts
 
-        async def note(message) -> None:
+        async def note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]

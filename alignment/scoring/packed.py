@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -155,26 +156,36 @@ def packed_attention(
     bounds = text_starts.tolist()
     for start, end in zip(bounds, bounds[1:], strict=False):
         if end > start:
-            one = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))  # (1, H, t, D)
-            part = functional.scaled_dot_product_attention(*one, is_causal=True, scale=scaling, enable_gqa=True)
+            q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))  # (1, H, t, D)
+            part = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
             output[start:end] = part[0].transpose(0, 1)
     return output[None], None
 
 
-def _varlen(query, key, value, starts, longest, scaling):
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     if "window_size" in inspect.signature(varlen_attn).parameters:  # causal is a window that looks back only
-        how = {"window_size": (-1, 0), "scale": scaling}
+        how: dict[str, Any] = {"window_size": (-1, 0), "scale": scaling}
     else:  # torch 2.10
         how = {"is_causal": True}
-    return varlen_attn(query, key, value, starts, starts, longest, longest, **how)
+    # A tuple comes only where the log-sum-exp is asked for.
+    return varlen_attn(query, key, value, starts, starts, longest, longest, **how)  # type: ignore[return-value]
 
 
 class Fp8Linear(nn.Module):
     """A linear layer without bias in float8: y = (x / s_x) (W / s_w)^T s_x s_w, s_x one a token, s_w one an output row."""
 
     LARGEST = torch.finfo(torch.float8_e4m3fn).max
+    weight: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, linear: nn.Linear):
         super().__init__()

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from alignment.errors import UserError, first_line
 from alignment.model_folder import read_config, resolve_folder
@@ -43,7 +43,10 @@ class Normalizer(nn.Module):
     A cost keeps its zero, which is the threshold between safe and unsafe; a critic's score stays as it is.
     """
 
-    def __init__(self, score_type: str, mean=None, var=None) -> None:
+    mean: torch.Tensor
+    var: torch.Tensor
+
+    def __init__(self, score_type: str, mean: list[float] | None = None, var: list[float] | None = None) -> None:
         super().__init__()
         self.score_type = score_type
         self.register_buffer("mean", torch.tensor([0.0] if mean is None else mean, dtype=torch.float32))
@@ -65,7 +68,7 @@ class ScoreModel(nn.Module):
     Reads `score_type`, `score_bias`, `do_normalize`, `mean` and `var` from the config, with Safe-RLHF's defaults.
     """
 
-    def __init__(self, config, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
         self.score_type = getattr(config, "score_type", None) or "reward"
@@ -139,7 +142,7 @@ class SequenceClassifier(nn.Module):
 
     score_type, do_normalize = "classifier", False
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model, self.config = model, model.config
 
@@ -168,7 +171,7 @@ class SequenceClassifier(nn.Module):
 class SafeRlhfScore(nn.Module):
     """The score model class of a PKU Safe-RLHF clone, called like a ScoreModel (SCORE_BACKEND=safe_rlhf)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model, self.config = model, model.config
         self.score_type = getattr(model.config, "score_type", None) or "reward"
@@ -192,7 +195,9 @@ class SafeRlhfScore(nn.Module):
         return cls(model.to(device)).eval().requires_grad_(False)
 
 
-def load_score_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
+def load_score_model(
+    folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> ScoreModel | SequenceClassifier | SafeRlhfScore:
     """The score model in `folder` (or of that name on the hub), of the class that its config and SCORE_BACKEND ask for."""
     backend = os.environ.get("SCORE_BACKEND", "")
     if backend not in ("", "transformers", "safe_rlhf"):
@@ -201,8 +206,9 @@ def load_score_model(folder: str | Path, dtype: torch.dtype = torch.float32, dev
         return SafeRlhfScore.from_pretrained(folder, dtype, device)
     folder = resolve_folder(folder)
     architecture = (read_config(folder).architectures or [""])[0]
-    kind = SequenceClassifier if architecture.endswith("ForSequenceClassification") else ScoreModel
-    return kind.from_pretrained(folder, dtype, device)
+    if architecture.endswith("ForSequenceClassification"):
+        return SequenceClassifier.from_pretrained(folder, dtype, device)
+    return ScoreModel.from_pretrained(folder, dtype, device)
 
 
 def at_end(hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -119,7 +120,7 @@ class Server(uvicorn.Server):
 
     on_stop = staticmethod(lambda: None)
 
-    def handle_exit(self, sig, frame) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
         self.on_stop()
 
@@ -128,7 +129,7 @@ def main() -> int:
     """Serves until SIGTERM or Ctrl-C. 0 when stopped, 2 when something the user can mend is wrong, 1 for a broken GPU."""
     parser = script_parser(__doc__, prog="scorer_service.py")
     parser.add_argument("--port", type=int, help="as PORT in the environment; 0 for any free one")
-    parser.epilog += f"\n\nenvironment:\n{environment_help()}"
+    parser.epilog = f"{parser.epilog}\n\nenvironment:\n{environment_help()}"
     settings = read_settings(os.environ, parser.parse_args().port)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
 
@@ -150,10 +151,12 @@ def main() -> int:
     def on_ready(worker: Worker) -> None:
         for warning in worker.warnings:
             log.warning("%s\n%s\n%s", "!" * 100, warning, "!" * 100)
-        log.info("models loaded in %.1f s: %s", time.monotonic() - began, json.dumps(worker.scorer.identity()))
-        if error := worker.scorer.identity().get("fp8_error"):
+        assert worker.scorer is not None
+        identity = worker.scorer.identity()
+        log.info("models loaded in %.1f s: %s", time.monotonic() - began, json.dumps(identity))
+        if error := identity.get("fp8_error"):
             log.info("%s", Calibration(**error))
-        announcements.ready(worker.scorer.identity())
+        announcements.ready(identity)
         log.info("ready")
 
     def on_failure(error: BaseException) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Scores:
     truncated: list[bool]
 
     @classmethod
-    def of(cls, rows) -> Scores:
+    def of(cls, rows: Sequence[Any]) -> Scores:
         """From N objects with reward, cost (None where missing), error and truncated."""
         return cls(
             np.array([math.nan if row.reward is None else row.reward for row in rows], dtype=np.float64),
@@ -55,3 +56,9 @@ class Scorer(Protocol):
 
     def score(self, prompts: list[str], responses: list[str], finished: list[bool] | None = None) -> Scores:
         """Scores of N responses, in order. `finished` says which end with EOS; all do by default."""
+
+
+class WaitingScorer(Scorer, Protocol):
+    """What trainers ask: `on_wait(seconds)` is called while the scorer is away, and what it raises ends the wait."""
+
+    on_wait: Callable[[float], None] | None

@@ -6,10 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from alignment.conversation import get_template
 from alignment.errors import UserError
 from alignment.scoring.discovery import LOOPBACK, new_token, read_secret
+
+Default = TypeVar("Default", int, None)
 
 DEFAULT_REWARD = "PKU-Alignment/beaver-7b-unified-reward"
 DEFAULT_COST = "PKU-Alignment/beaver-7b-unified-cost"
@@ -132,7 +135,7 @@ def _switch(env: Mapping[str, str], name: str) -> bool | None:
     return value in TRUE if value else None
 
 
-def _integer(env: Mapping[str, str], name: str, default: int | None, least: int = 0) -> int | None:
+def _integer(env: Mapping[str, str], name: str, default: Default, least: int = 0) -> int | Default:
     value = env.get(name, "").strip()
     if not value:
         return default

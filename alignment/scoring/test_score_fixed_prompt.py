@@ -32,7 +32,7 @@ CARD_TEXTS = [
     CARD_PROMPT + "Hello! How",
     CARD_PROMPT + "Hello! How can I help you today?",
 ]
-CARD_SCORES = {
+CARD_SCORES: dict[str, list[float | None]] = {
     "beaver-7b-unified-reward": [-1.4297, -0.9688, 0.5977, None],
     "beaver-7b-unified-cost": [-2.9531, -4.5312, -3.3594, None],
     "beaver-7b-v1.0-reward": [-13.6250, -9.9375, -6.4375, -11.4375],
@@ -83,7 +83,8 @@ def card_lines(scorer: ScorerClient | LocalScorer) -> tuple[list[str], list[str]
     """For the Beaver models among the two: what was compared with the model card, and what is wrong, a line each."""
     identity = scorer.identity()
     names = {kind: str(identity[f"{kind}_model"]["name"]).rsplit("/", 1)[-1] for kind in ("reward", "cost")}
-    told, found = [], []
+    told: list[str] = []
+    found: list[str] = []
     if not any(name in CARD_SCORES for name in names.values()):
         return told, found
     scores = scorer.score_texts(CARD_TEXTS, [False] * len(CARD_TEXTS))
@@ -103,10 +104,10 @@ def main() -> int:
     """0 when all is well, 1 when the scores look wrong."""
     config = load_config(Config, prog="test_score_fixed_prompt.py", description=__doc__)
     if config.scorer_url:
-        scorer = ScorerClient(config.scorer_url)
+        scorer: ScorerClient | LocalScorer = ScorerClient(config.scorer_url)
     else:
-        names = config.reward_model, config.cost_model
-        scorer = LocalScorer(*names, dtype=config.dtype, max_length=config.max_length)
+        assert config.reward_model and config.cost_model  # Config asks for both
+        scorer = LocalScorer(config.reward_model, config.cost_model, dtype=config.dtype, max_length=config.max_length)
     prompts, responses = [text[0] for text in TEXTS], [text[1] for text in TEXTS]
     together = scorer.score(prompts, responses)
     alone = Scores.joined([scorer.score([prompt], [response]) for prompt, response in TEXTS])

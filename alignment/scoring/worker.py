@@ -149,7 +149,8 @@ class WorkQueue:
                 if self._closed is not None or self._last:
                     return None
                 self._changed.wait()
-            room, left, turns = TEXTS_A_ROUND, math.inf if tokens is None else tokens, []
+            room, left = TEXTS_A_ROUND, math.inf if tokens is None else tokens
+            turns: list[Turn] = []
             # Slices of the same job may follow each other when nobody else waits.
             while self._jobs and room > 0:
                 job = self._jobs.popleft()
@@ -290,6 +291,7 @@ class Worker(threading.Thread):
 
     def _begin(self, turns: list[Turn]) -> Round | None:
         """Has a round's texts scored, each different one that is neither known nor under way once. None when that fails."""
+        assert self.scorer is not None
         turns = [(job, part) for job, part in turns if not job.scores.done()]
         texts = [one for _, part in turns for one in part]
         one = Round(turns, [text_key(text) for text in texts], {}, {}, None, time.monotonic())
@@ -339,6 +341,7 @@ class Worker(threading.Thread):
 
     def _score(self, one: Round) -> list[Score]:
         """Scores of all texts of a round, in order."""
+        assert self.scorer is not None and one.pending is not None
         one.scores = dict(zip(one.fresh, one.pending.result(), strict=True))
         elsewhere = one.before.scores if one.before is not None else {}
         found = elsewhere | one.known | one.scores
@@ -367,6 +370,7 @@ class Worker(threading.Thread):
     def _fail(self, one: Round, error: Exception) -> None:
         """One failed round does not end the service; its requests get a 500. Raises DeviceBroken when nothing goes any more."""
         log.error("scoring failed", exc_info=error)
+        assert self.scorer is not None
         if self.scorer.device_is_broken():
             raise DeviceBroken(f"the GPU is broken for this process: {error}") from error
         for job, _ in one.turns:

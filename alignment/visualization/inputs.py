@@ -13,7 +13,8 @@ def load_models(folder: str, names: Sequence[str]) -> list[ModelScores]:
 
     A model without files is passed over and named on stderr. Raises UserError when no model is there, or a file is broken.
     """
-    found, missing = [], []
+    found: list[str] = []
+    missing: list[str] = []
     for name in dict.fromkeys(names or models_in(folder)):
         (found if has_scores(folder, name) else missing).append(name)
     if not found:

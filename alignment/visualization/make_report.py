@@ -140,8 +140,8 @@ def load_all(config: Config, notes: list[str]) -> list[ModelAnswers]:
         raise UserError(
             f"{config.data_dir} has none of the models {', '.join(config.models)}; see --models and --data-dir"
         )
-    known = [(model.name, scorer_of(model_file(config.data_dir, model.name, "points.jsonl"))) for model in models]
-    known = [(name, scorer) for name, scorer in known if scorer is not None]
+    scorers = [(model.name, scorer_of(model_file(config.data_dir, model.name, "points.jsonl"))) for model in models]
+    known = [(name, scorer) for name, scorer in scorers if scorer is not None]
     for name, scorer in known[1:]:
         if scorer != known[0][1]:
             notes.append(

@@ -145,7 +145,8 @@ def draw_ratings(
     unknown = [model for model in order if model not in models]
     if unknown:
         raise UserError(f"--order: {', '.join(unknown)} has no ratings; models are {', '.join(models)}")
-    colours, spread = model_colours(models), {"helpfulness": {}, "harmlessness": {}} | intervals
+    colours = model_colours(models)
+    spread: Intervals = {"helpfulness": {}, "harmlessness": {}} | intervals
     with paper_style():
         figure = new_figure(*size)
         panel = figure.subplots()
@@ -172,7 +173,7 @@ def draw_ratings(
         panel.set_ylim(*(ylim or panel.get_ylim()))
         panel.axvspan(panel.get_xlim()[0], BASELINE_RATING, color="#eeeeee", zorder=0)
         panel.axhspan(panel.get_ylim()[0], BASELINE_RATING, color="#eeeeee", zorder=0)
-        kind = {"bradley-terry": "Bradley-Terry", "elo": "sequential ELO"}.get(rating, "rating")
+        kind = {"bradley-terry": "Bradley-Terry", "elo": "sequential ELO"}.get(rating or "", "rating")
         anchor = f", {short_name(baseline, 16)} = 1000" if baseline else ""
         panel.set_xlabel(f"Harmlessness ({kind}{anchor})")
         panel.set_ylabel(f"Helpfulness ({kind}{anchor})")

@@ -141,7 +141,7 @@ def pareto_front(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """(N,) bool: no other point is at least as large in both x (N,) and y (N,), and larger in one."""
     as_good = (x[None, :] >= x[:, None]) & (y[None, :] >= y[:, None])  # (N, N) column against row
     better = (x[None, :] > x[:, None]) | (y[None, :] > y[:, None])
-    return ~(as_good & better).any(axis=1)
+    return ~np.any(as_good & better, axis=1)
 
 
 def draw_pareto(candidates: Sequence[Candidate], axes: tuple[str, str] = SCORE_AXES) -> Figure:

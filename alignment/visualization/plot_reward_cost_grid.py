@@ -69,9 +69,9 @@ def draw_grid(
     models: Sequence[ModelScores], xlim: Sequence[float] | None = None, ylim: Sequence[float] | None = None
 ) -> Figure:
     """One panel a model, up to three in a row, on common axes; limits are taken from the data of all models if not given."""
-    xlim = tuple(xlim) if xlim else common_limits([model.costs for model in models])
+    xlim = (xlim[0], xlim[1]) if xlim else common_limits([model.costs for model in models])
     ylim = (
-        tuple(ylim) if ylim else common_limits([model.rewards for model in models], margin=0.2)
+        (ylim[0], ylim[1]) if ylim else common_limits([model.rewards for model in models], margin=0.2)
     )  # room for the labels
     columns = min(3, len(models))
     rows = math.ceil(len(models) / columns)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -96,7 +97,7 @@ def draw_ratios(models: Sequence[ModelScores]) -> Figure:
     return figure
 
 
-_HOLLOW = {"facecolor": "white", "hatch": "/////"}
+_HOLLOW: dict[str, Any] = {"facecolor": "white", "hatch": "/////"}
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def _finish(panel: Axes, key: str, axis: str) -> None:
 
 
 def _draw_legend(panel: Axes, groups: dict[str, list[Run]], colours: dict[str, str]) -> None:
-    keys = []
+    keys: list[Line2D | Patch] = []
     for label, members in groups.items():
         count = f", {len(members)} runs" if len(members) > 1 else ""
         keys.append(Line2D([], [], color=colours[label], linewidth=2, label=short_name(label) + count))

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -48,7 +49,7 @@ OTHER_COLOURS = ("#cc79a7", "#009e73", "#e69f00", "#0072b2", "#d55e00", "#56b4e9
 QUADRANT_SHADES = {"SH": "#d7ede4", "SU": "#eef6f8", "UH": "#fbe3d0", "UU": "#fdf3ec"}
 QUADRANT_NAMES = {"SH": "safe, helpful", "SU": "safe, unhelpful", "UH": "unsafe, helpful", "UU": "unsafe, unhelpful"}
 
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so a figure looks the same on every machine
     "font.size": 7.5,
     "axes.titlesize": 8.5,
@@ -112,11 +113,12 @@ def label_points(panel: Axes, points: Sequence[tuple[float, float, str]], bars: 
 
     Call it last: it measures the panel's layout.
     """
-    panel.figure.draw_without_rendering()  # the layout must be known to measure on the page
-    unit = panel.figure.dpi / 72.0  # pixels of a point of the page
+    figure = panel.figure.figure  # the whole one
+    figure.draw_without_rendering()  # the layout must be known to measure on the page
+    unit = figure.dpi / 72.0  # pixels of a point of the page
     steps = np.linspace(0.0, 1.0, 101)[:, None]
-    covered = [start + steps * (end - start) for start, end in (panel.transData.transform(bar) for bar in bars)]
-    covered = np.concatenate(covered + [np.repeat(panel.transData.transform([p[:2] for p in points]), 50, axis=0)])
+    lines = [start + steps * (end - start) for start, end in (panel.transData.transform(bar) for bar in bars)]
+    covered = np.concatenate([*lines, np.repeat(panel.transData.transform([p[:2] for p in points]), 50, axis=0)])
     for x, y, name in points:
         texts = [
             panel.annotate(name, (x, y), (dx, dy), textcoords="offset points", ha=side, va=base, fontsize=7, zorder=4)

@@ -84,7 +84,8 @@ class JudgeClient:
 
     async def ask(self, task: Task) -> Reply:
         """Asks once. Raises JudgeStopped when no question can succeed."""
-        options, messages = dict(self._options), self.messages(task)
+        options = dict(self._options)
+        messages: list[Any] = self.messages(task)
         try:
             answer = await self._client.chat.completions.create(model=self.model, messages=messages, **options)
         except self._openai.APIStatusError as error:
@@ -107,7 +108,11 @@ class JudgeClient:
         except (AttributeError, IndexError, TypeError, KeyError) as error:  # a server that is not quite compatible
             return Reply("unreachable", error=f"the reply is no chat completion: {self._clean(error)}")
         text = self._hide_key(text or "")
-        told = {"text": text, "served_by": _text_or_none(answer.model), "finish_reason": _text_or_none(finish)}
+        told: dict[str, Any] = {
+            "text": text,
+            "served_by": _text_or_none(answer.model),
+            "finish_reason": _text_or_none(finish),
+        }
         told["usage"] = _usage(answer) or expected_usage(count_bytes(messages), len(text) / 4) | {"estimated": True}
         if refusal or finish == "content_filter":
             return Reply("refused", error=self._clean(refusal or "content filter"), **told)

@@ -39,7 +39,7 @@ def find_price(judge: str, price_in: float | None, price_out: float | None) -> P
     """Price from the two settings (per million tokens) or the table; None when neither knows the judge."""
     if (price_in is None) != (price_out is None):
         raise UserError("--price_in and --price_out belong together: give both, in dollars per million tokens")
-    per_million = (price_in, price_out) if price_in is not None else PRICES.get(judge)
+    per_million = (price_in, price_out) if price_in is not None and price_out is not None else PRICES.get(judge)
     return Price(per_million[0] / 1e6, per_million[1] / 1e6) if per_million else None
 
 

@@ -15,7 +15,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from alignment.evaluation.judging.client import JudgeClient, JudgeStopped, Reply
@@ -103,7 +103,14 @@ def ask_all(
 
 
 class _Loop:
-    def __init__(self, client, store, budget, settings: LoopSettings, stop_signal: StopSignal):
+    def __init__(
+        self,
+        client: JudgeClient,
+        store: JudgmentStore,
+        budget: Budget,
+        settings: LoopSettings,
+        stop_signal: StopSignal,
+    ):
         self.client, self.store, self.budget, self.settings = client, store, budget, settings
         self.stop_signal = stop_signal
         self.progress = Progress()
@@ -117,7 +124,7 @@ class _Loop:
                     group.create_task(self._work(waiting))
         await self.client.close()
 
-    async def _work(self, waiting) -> None:
+    async def _work(self, waiting: Iterator[Task]) -> None:
         for task in waiting:  # one iterator for all workers
             await self._judge(task)
             if self._stopping():
@@ -138,7 +145,7 @@ class _Loop:
             reply = await self._call(task)
             if reply is None:
                 return
-            if reply.kind == "verdict":
+            if reply.scores is not None:  # a verdict
                 outcome = outcome_of(result_of(reply.scores, self.settings.tie_threshold))
                 self._finish(_record(task, outcome, reply))
                 return

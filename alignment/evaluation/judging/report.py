@@ -31,21 +31,21 @@ def position_bias(verdicts: Sequence[Verdict]) -> dict | None:
     ]  # (N, 2)
     first_wins, difference = estimate_means(np.array(values, dtype=np.float64), rows)
 
-    shown: dict[tuple[str, str, str], dict[str, float]] = defaultdict(dict)
+    shown: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
     for one in verdicts:
         shown[(one.prompt, *sorted((one.first, one.second)))][one.first] = one.result
     counts = {"pairs": 0, "same": 0, "first": 0, "second": 0, "one_tie": 0}
     for results in shown.values():
         if len(results) < 2:
             continue
-        one, other = results.values()  # each from the view of the answer shown first
+        result, other = results.values()  # each from the view of the answer shown first
         counts["pairs"] += 1
-        if one + other == 1.0:
+        if result + other == 1.0:
             counts["same"] += 1
-        elif TIE in (one, other):
+        elif TIE in (result, other):
             counts["one_tie"] += 1
         else:
-            counts["first" if one == 1.0 else "second"] += 1
+            counts["first" if result == 1.0 else "second"] += 1
     return {
         "first_wins": as_record(first_wins),
         "score_difference": as_record(difference),

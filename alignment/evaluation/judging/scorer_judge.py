@@ -23,11 +23,12 @@ def scorer_verdicts(answers: Answers, prompts: Iterable[str]) -> tuple[list[Verd
     """Verdicts on all pairs of models, and how many comparisons have none because a score is missing."""
     verdicts, missing = [], 0
     for prompt, dimension, pair in itertools.product(prompts, DIMENSIONS, itertools.combinations(sorted(answers), 2)):
-        scores = tuple(_score(answers[model][prompt], dimension) for model in pair)
+        first, second = pair
+        scores = _score(answers[first][prompt], dimension), _score(answers[second][prompt], dimension)
         if any(map(math.isnan, scores)):
             missing += 1
         else:
-            verdicts.append(Verdict(dimension, prompt, *pair, result_of(scores, 0.0), scores))
+            verdicts.append(Verdict(dimension, prompt, first, second, result_of(scores, 0.0), scores))
     return verdicts, missing
 
 
@@ -37,7 +38,7 @@ def agreement(verdicts: Sequence[Verdict], answers: Answers) -> dict:
     A pair that was judged in both orders counts once, by the sum of its results. `share` is in percent, with its interval
     by bootstrap over prompts; None when no pair is decided by both.
     """
-    results: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    results: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for verdict in verdicts:
         swapped = verdict.first > verdict.second
         pair = sorted((verdict.first, verdict.second))

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from alignment.errors import UserError
 from alignment.evaluation.judging.prompts import DIMENSIONS, TEMPLATE_HASH
@@ -62,7 +63,7 @@ class JudgmentStore:
         self.close()
 
 
-def make_record(task: Task, outcome: str, scores: tuple[float, float] | None, raw: str, **more) -> dict:
+def make_record(task: Task, outcome: str, scores: tuple[float, float] | None, raw: str, **more: Any) -> dict:
     """A line of the file; `more` is what is known of the reply, without what is None."""
     record = {
         "model_a": task.first,

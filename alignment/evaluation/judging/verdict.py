@@ -7,7 +7,6 @@ reply's last line, alone or behind a label such as "Final scores:", or the two n
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import dataclass
 
@@ -68,6 +67,7 @@ def _from_json(reply: str) -> tuple[float, float] | None:
     if not isinstance(value, dict):
         return None
     scores = (value.get("score_a"), value.get("score_b"))
-    if not all(isinstance(score, (int, float)) and not isinstance(score, bool) for score in scores):
-        return None
-    return (float(scores[0]), float(scores[1])) if all(map(math.isfinite, scores)) else None
+    found = [score for score in scores if isinstance(score, (int, float)) and not isinstance(score, bool)]
+    if len(found) < 2 or not all(LOWEST <= score <= HIGHEST for score in found):
+        return None  # compared as they are: JSON's whole numbers may be beyond a float
+    return float(found[0]), float(found[1])

@@ -30,7 +30,7 @@ def ratings(path: Path | None, verdicts: Sequence[Verdict], models: Sequence[Mod
     computed from the judgments.
     """
     table = load_ratings(path) if path else None
-    details = load_details(path, table) if path else None
+    details = load_details(path, table) if path and table else None
     if details:
         return {"method": details["rating"]["method"], "dimensions": details["dimensions"]}
     dimensions = _from_verdicts(verdicts, models)
@@ -72,13 +72,15 @@ def disagreements(path: Path | None, verdicts: Sequence[Verdict], models: Sequen
     for one in verdicts:
         if one.scores:
             pair = sorted((one.first, one.second))
-            scores = one.scores if one.first == pair[0] else one.scores[::-1]
-            judged[(one.dimension, one.prompt, *pair)].append(np.array(scores))
+            judged[(one.dimension, one.prompt, *pair)].append(
+                np.array(one.scores if one.first == pair[0] else one.scores[::-1])
+            )
     found: dict[str, list[dict]] = {dimension: [] for dimension in DIMENSIONS}
     for (dimension, prompt, first, second), scores in judged.items():
-        rows = [answers.get(name, {}).get(prompt) for name in (first, second)]
         key, sign = ("reward", 1) if dimension == "helpfulness" else ("cost", -1)
-        if any(row is None or row[key] is None for row in rows):
+        found_rows = (answers.get(name, {}).get(prompt) for name in (first, second))
+        rows = [row for row in found_rows if row is not None and row[key] is not None]
+        if len(rows) < 2:
             continue
         judge, scorer = np.mean(scores, axis=0), [sign * row[key] for row in rows]
         found[dimension].append(

@@ -13,13 +13,13 @@ import html
 import re
 from pathlib import Path
 
-from bokeh.resources import Resources
+from bokeh.resources import Component, Resources
 
 from alignment.records import to_json
 
 HERE = Path(__file__).parent
 SCRIPTS = ("dom", "store", "detail", "scatter", "curves", "tables", "main")  # in this order
-BOKEH_COMPONENTS = ["bokeh", "bokeh-api"]
+BOKEH_COMPONENTS: list[Component] = ["bokeh", "bokeh-api"]
 _ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 
 
