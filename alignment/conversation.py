@@ -201,6 +201,10 @@ def load_tokenizer(folder: str | Path, reference: bool = False) -> PreTrainedTok
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if Path(folder).is_dir() and not any(any(Path(folder).glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
+        raise UserError(
+            f"{folder}: no tokenizer could be loaded: there are no tokenizer files; copy them from the base model's folder"
+        )
     kind = PreTrainedTokenizerFast if reference else AutoTokenizer
     try:
         tokenizer = kind.from_pretrained(str(folder))

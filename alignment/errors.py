@@ -28,6 +28,8 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind when it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """The first line of an error's message, with the next one where it ends in a colon; its kind when it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -301,7 +301,7 @@ def test_a_run_goes_on_with_the_scorer_that_it_began_with(tiny_policy, prompts, 
         assert "going on after step 1" in done.stdout
         done = run_script(tiny_policy, other.url, prompts, run, max_steps=3, **settings)
         assert done.returncode == 2
-        assert "bfloat16" in done.stderr and done.stderr.strip().endswith("the run began with the former")
+        assert "bfloat16" in done.stderr and done.stderr.strip().endswith("start that one again, or begin another run")
         assert not other.requests
 
 

@@ -23,8 +23,9 @@ from pathlib import Path
 from alignment.config import as_yaml, load_config
 from alignment.distributed import Processes, launch
 from alignment.errors import EXIT_USER_ERROR, UserError, run_main
+from alignment.ES.journal import begun_with, check_settings
 from alignment.ES.settings import ESSettings
-from alignment.prompts import draw_rows
+from alignment.prompts import draw_rows, text_hash
 from alignment.records import load_prompts
 
 EXIT_STOPPED = 128  # plus the signal's number, as shells do
@@ -42,6 +43,16 @@ def main() -> int:
     if begun and not settings.resume:
         raise UserError(f"{folder} holds a run already: give another --experiment_dir, or leave out --resume false")
 
+    train_prompts = [row[settings.prompt_key] for row in train]
+    held_out_prompts = [row[settings.prompt_key] for row in held_out]
+    known = begun_with(folder / "journal.jsonl") or {}
+    if not known and any((folder / "checkpoints").glob("iteration_*")):
+        raise UserError(f"{folder} holds checkpoints but no journal of their run: give another --experiment_dir")
+    if known:  # what a glance at the journal tells; the trainer compares the rest, base weights and device
+        now = settings.deciding() | {"train_prompts": text_hash(train_prompts)}
+        now.pop("members_at_once", None)  # the journal has the number that came of it
+        check_settings(folder / "journal.jsonl", known, now)
+
     if settings.engine == "vllm" and find_spec("vllm") is None:
         raise UserError("engine: vllm needs the environment of requirements-cluster.txt; this one has no vLLM")
 
@@ -55,12 +66,22 @@ def main() -> int:
     from alignment.scoring.client import ScorerClient
 
     processes = Processes.from_environment(timeout=settings.scorer_max_wait + 1800)
+    if len(train) < settings.batch_size and processes.is_main:
+        print(
+            f"note: batch_size is {settings.batch_size}, but there are {len(train)} training prompts: a step uses them all"
+        )
     if settings.num_engines not in (None, processes.world_size):
         raise UserError(f"num_engines is {settings.num_engines}, but {processes.world_size} processes were launched")
-    scorer = ScorerClient(settings.scorer_url, batch_size=settings.scorer_batch_size, max_wait=settings.scorer_max_wait)
+    scorer = ScorerClient(
+        settings.scorer_url,
+        batch_size=settings.scorer_batch_size,
+        max_wait=settings.scorer_max_wait,
+        expected_identity=known.get("scorer"),  # of several, "auto" then takes the one that the run began with
+    )
     scorer.wait_until_ready()
-    prompts = [row[settings.prompt_key] for row in (*train, *held_out)]
-    with closing(open_engine(settings, prompts, processes)) as engine:
+    with closing(open_engine(settings, train_prompts + held_out_prompts, processes)) as engine:
+        engine.check_room(train_prompts, settings.max_new_tokens, settings.train_jsonl)
+        engine.check_room(held_out_prompts, settings.max_new_tokens, settings.eval_jsonl)
         trainer = ESTrainer(settings, engine, scorer, train, held_out, folder, processes)
         if not begun and processes.is_main:
             write_run_files(folder, as_yaml(settings), {"base_weights": trainer.base_hash, "scorer": scorer.identity()})

@@ -10,11 +10,15 @@ A row is on disk before the run goes on. The step of iteration t is taken from `
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 from alignment.errors import UserError
 from alignment.records import JsonlWriter, read_jsonl, write_jsonl
+
+MEMBER_KEYS = "iteration member rewards costs errors tokens unfinished cut truncated distinct".split()
 
 
 class Journal:
@@ -32,6 +36,8 @@ class Journal:
             self._file.append({"kind": "start", "base_weights": base_weights, "settings": settings})
         start, self.steps = read_journal(path)
         _check_start(path, start, base_weights, settings)
+        for number, step in enumerate(self.steps, start=2):
+            _check_state(f"{path}:{number}", step)
 
     def add_step(self, row: dict) -> None:
         self._file.append({"kind": "step", **row})
@@ -46,10 +52,71 @@ def read_journal(path: Path) -> tuple[dict, list[dict]]:
     rows = read_jsonl(path, required=("kind",))
     if not rows or rows[0]["kind"] != "start":
         raise UserError(f"{path}:1: not an ES journal (its first row must say kind 'start')")
+    if not isinstance(rows[0].get("base_weights"), str) or not isinstance(rows[0].get("settings"), dict):
+        raise UserError(f"{path}:1: not an ES journal (its first row must have base_weights and settings)")
     for number, step in enumerate(rows[1:]):
         if step.get("iteration") != number:
             raise UserError(f"{path}:{number + 2}: expected iteration {number}, found {step.get('iteration')!r}")
+        if not isinstance(step.get("seeds"), list) or not isinstance(step.get("coefficients"), list):
+            raise UserError(f"{path}:{number + 2}: the step has no lists of seeds and coefficients")
+        _check_step(f"{path}:{number + 2}", step)
     return rows[0], rows[1:]
+
+
+def _check_step(where: str, step: dict) -> None:
+    """Raises UserError when the weights cannot be taken from it."""
+    seeds, coefficients = step["seeds"], step["coefficients"]
+    if len(seeds) != len(coefficients) or not all(type(seed) is int for seed in seeds):
+        raise UserError(f"{where}: expected whole numbers as seeds, and a coefficient for each")
+    if not all(type(factor) in (int, float) and math.isfinite(factor) for factor in coefficients):
+        raise UserError(f"{where}: a coefficient is not a finite number")
+
+
+def _check_state(where: str, step: dict) -> None:
+    """Raises UserError when a run cannot go on from it."""
+    state = step.get("lambda_state")
+    if not isinstance(state, dict) or type(state.get("value")) not in (int, float) or "cost_ema" not in state:
+        raise UserError(f"{where}: the step has no lambda_state with value and cost_ema")
+    if not isinstance(step.get("metrics"), dict):
+        raise UserError(f"{where}: the step has no metrics")
+
+
+def begun_with(path: Path) -> dict | None:
+    """The settings in the journal's first row, before anything is loaded; None while no run has written one whole.
+
+    Raises UserError for a first row that is none.
+    """
+    try:
+        with path.open("rb") as file:
+            line = file.readline()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give another --experiment_dir") from error
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        start = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}:1: not valid JSON ({error}): not an ES journal, or a damaged one") from error
+    settings = start.get("settings") if isinstance(start, dict) else None
+    if not isinstance(settings, dict) or not isinstance(settings.get("scorer", {}), dict):
+        raise UserError(f"{path}:1: not an ES journal (its first row must have base_weights and settings)")
+    return settings
+
+
+def check_settings(path: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises UserError naming what of `now` the run was not begun with."""
+    changed = [
+        f"{key} (was {begun.get(key)!r}, now {value!r})"
+        for key, value in sorted(now.items())
+        if begun.get(key) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{path} was begun with other settings: {', '.join(changed)}. Go on with the same ones, "
+            "or give another --experiment_dir"
+        )
 
 
 def _check_start(path: Path, start: dict, base_weights: str, settings: dict[str, Any]) -> None:
@@ -58,16 +125,7 @@ def _check_start(path: Path, start: dict, base_weights: str, settings: dict[str,
             f"{path} was begun from other base weights ({start['base_weights'][:12]}, not {base_weights[:12]}): "
             "give the same --policy_model_path, or another --experiment_dir"
         )
-    changed = [
-        f"{key} (was {start['settings'].get(key)!r}, now {settings.get(key)!r})"
-        for key in sorted(start["settings"].keys() | settings.keys())
-        if start["settings"].get(key) != settings.get(key)
-    ]
-    if changed:
-        raise UserError(
-            f"{path} was begun with other settings: {', '.join(changed)}. Go on with the same ones, "
-            "or give another --experiment_dir"
-        )
+    check_settings(path, start["settings"], dict.fromkeys(start["settings"]) | settings)
 
 
 class MembersFile:
@@ -96,5 +154,5 @@ def finished_members(folder: Path, iteration: int) -> dict[int, dict]:
     rows: dict[int, dict] = {}
     for path in sorted(folder.glob("members.*.jsonl")):
         JsonlWriter(path).close()  # heals a torn last line
-        rows |= {row["member"]: row for row in read_jsonl(path) if row["iteration"] == iteration}
+        rows |= {row["member"]: row for row in read_jsonl(path, MEMBER_KEYS) if row["iteration"] == iteration}
     return rows

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from alignment.conversation import get_template, load_tokenizer
 from alignment.distributed import Processes
 from alignment.errors import UserError
 from alignment.ES.settings import ESSettings
 from alignment.generation import Engine, TransformersEngine
+from alignment.generation.loading import read_policy_config, shapes_of
+from alignment.model_folder import resolve_folder
 
 
 def open_engine(settings: ESSettings, prompts: Sequence[str], processes: Processes) -> Engine:
@@ -22,6 +24,12 @@ def open_engine(settings: ESSettings, prompts: Sequence[str], processes: Process
     Raises UserError, for vLLM before it loads anything when the weights, the master and a KV cache do not fit.
     """
     gpus = torch.cuda.device_count()
+    named, visible = settings.cuda_devices, os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named and (not gpus or (named == visible and gpus < len(named.split(",")))):
+        raise UserError(
+            f"cuda_devices is {named!r}, but PyTorch finds {gpus} GPU(s) there: name those that nvidia-smi lists, or leave "
+            "cuda_devices out to take what is there"
+        )
     common: dict[str, Any] = {
         "template": settings.policy_template,
         "device": f"cuda:{processes.local_rank % gpus}" if gpus else "cpu",
@@ -52,18 +60,18 @@ def open_engine(settings: ESSettings, prompts: Sequence[str], processes: Process
 
 def _longest(settings: ESSettings, prompts: Sequence[str]) -> int:
     """Tokens that the longest prompt and its answer may have, at most what the model can."""
-    tokenizer = load_tokenizer(settings.policy_model_path)
+    folder = resolve_folder(settings.policy_model_path)
+    limit = read_policy_config(folder).max_position_embeddings
+    tokenizer = load_tokenizer(folder)
     template = get_template(settings.policy_template, tokenizer)
     longest = max(len(template.encode_prompt(tokenizer, prompt)) for prompt in prompts) + settings.max_new_tokens
-    return min(longest, AutoConfig.from_pretrained(settings.policy_model_path).max_position_embeddings)
+    return min(longest, limit)
 
 
 def _master_bytes(settings: ESSettings) -> int:
     """What the float32 master (weights.py, low_rank.py) takes of the GPU."""
-    from alignment.generation.vllm_engine import shapes_of
-
     if settings.master_device == "cpu" or settings.noise == "reference":
         return 0
-    shapes = shapes_of(AutoConfig.from_pretrained(settings.policy_model_path))
+    shapes = shapes_of(read_policy_config(resolve_folder(settings.policy_model_path)))
     pattern = None if settings.perturbation == "low_rank" else settings.trainable
     return 4 * sum(shape.numel() for name, shape in shapes.items() if pattern is None or re.search(pattern, name))

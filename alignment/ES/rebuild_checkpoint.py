@@ -41,7 +41,7 @@ def main() -> None:
 
     engine = TransformersEngine(settings.policy_model_path, dtype="float32", device=settings.device)
     weights, steps = replay(engine, settings.policy_model_path, Path(settings.journal), settings.iteration)
-    lambda_state = steps[-1]["lambda_state"] if steps else None
+    lambda_state = steps[-1].get("lambda_state") if steps else None
     with atomic_directory(settings.output) as folder:
         engine.save_pretrained(folder, weights.master)
         write_json(folder / "trainer_state.json", {"iteration": len(steps), "lambda_state": lambda_state})

@@ -10,6 +10,9 @@ from alignment.ES.policy_weights import open_weights
 from alignment.ES.weights import MasterWeights
 from alignment.generation import Engine
 
+_NEEDED = {"noise", "trainable", "lora_rank", "global_seed"}
+_LOW_RANK = {"rank", "device"}
+
 
 def replay(engine: Engine, base: str, path: Path, iteration: int | None = None) -> tuple[MasterWeights, list[dict]]:
     """The weights after `iteration` steps (default: all) of the journal at `path`, and the rows of those steps.
@@ -19,6 +22,11 @@ def replay(engine: Engine, base: str, path: Path, iteration: int | None = None) 
     """
     start, steps = read_journal(path)
     settings = start["settings"]
+    needed = _NEEDED | (_LOW_RANK if settings.get("perturbation") == "low_rank" else set())
+    if lacking := needed - settings.keys():
+        raise UserError(
+            f"{path}:1: the settings of the run lack {', '.join(sorted(lacking))}: was the file edited by hand?"
+        )
     if iteration is not None and iteration > len(steps):
         raise UserError(f"{path} has {len(steps)} steps, fewer than {iteration}")
     if settings["noise"] == "reference":

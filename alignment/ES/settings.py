@@ -40,7 +40,7 @@ class ESSettings:
     eval_samples: int | None = setting(None, "use this many held-out prompts, drawn once; default all", minimum=1)
 
     num_iterations: int = setting(500, "ES steps", minimum=1)
-    population_size: int = setting(30, "members a step", minimum=1)
+    population_size: int = setting(30, "members a step", minimum=2)
     sigma: float = setting(0.001, "standard deviation of the weights' perturbation", minimum=0.0)
     alpha: float = setting(0.0005, "step size: theta += alpha / N * sum z_i eps_i", minimum=0.0)
     batch_size: int = setting(64, "prompts a step, the same for all members", minimum=1)
@@ -121,7 +121,7 @@ class ESSettings:
             raise UserError("--policy_model_path is missing: give it on the command line or in the YAML file")
         if self.lambda_min > self.lambda_max:
             raise UserError(f"lambda_min ({self.lambda_min}) is above lambda_max ({self.lambda_max})")
-        if self.population_size > 1 and self.sigma == 0:
+        if self.sigma == 0:
             raise UserError("sigma is 0: all members would be the same; the published value is 0.001")
         if self.antithetic and self.population_size % 2:
             raise UserError(f"antithetic needs an even population_size, got {self.population_size}")

@@ -61,6 +61,15 @@ class _StoppedWaiting(Exception):
     """A signal came while a scoring thread waited for a scorer that is away."""
 
 
+def _iteration_of(checkpoint: Path) -> int:
+    """How many steps a checkpoint has taken. Raises UserError when its trainer_state.json does not say."""
+    path = checkpoint / "trainer_state.json"
+    state = read_json(path) if path.is_file() else None
+    if not isinstance(state, dict) or type(state.get("iteration")) is not int:
+        raise UserError(f"{path} does not say how many steps were taken")
+    return state["iteration"]
+
+
 class ESTrainer:
     """Owns a run folder. `train` and `held_out` are rows with the prompt under `settings.prompt_key`."""
 
@@ -162,11 +171,16 @@ class ESTrainer:
             return
         begin = 0
         for checkpoint in sorted((self.folder / "checkpoints").glob("iteration_*"), reverse=True):
-            saved = read_json(checkpoint / "trainer_state.json")["iteration"]
-            if saved <= len(self.steps):
-                self.weights.load(checkpoint)
-                begin = saved
-                break
+            try:
+                saved = _iteration_of(checkpoint)
+                if saved <= len(self.steps):
+                    self.weights.load(checkpoint)
+                    begin = saved
+                    break
+            except UserError as error:
+                raise UserError(
+                    f"{error}. Remove that checkpoint: the same command goes on from an older one, or from the journal alone"
+                ) from error
         for step in self.steps[begin:]:
             self.weights.step(step["seeds"], step["coefficients"])
         self.weights.restore()

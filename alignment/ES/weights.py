@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM
 
 from alignment.errors import UserError
 from alignment.ES.noise import noise
-from alignment.model_folder import resolve_folder
+from alignment.generation.loading import load_policy
+from alignment.model_folder import open_safetensors, resolve_folder, weight_files
+from alignment.pretrained import check_finite
 
 try:
     # Not called kernels.py: a script's folder comes first on Python's path, and transformers imports a package `kernels`.
@@ -76,18 +76,20 @@ class MasterWeights:
     def load(self, folder: Path) -> None:
         """master <- the safetensors of a checkpoint that holds every parameter in float32. The engine is not touched.
 
-        Raises UserError for a checkpoint that lacks one: it is not this run's.
+        Raises UserError for a checkpoint that lacks one, is damaged or has another shape: it is not this run's.
         """
         missing = set(self.master)
         for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
+            with open_safetensors(path) as file:
                 for name in missing.intersection(file.keys()):
-                    self.master[name].copy_(file.get_tensor(name))
+                    saved, own = file.get_tensor(name), self.master[name]
+                    if saved.shape != own.shape:
+                        raise UserError(f"{path}: {name} is {tuple(saved.shape)}, this run's {tuple(own.shape)}")
+                    check_finite(path, {name: saved})
+                    own.copy_(saved)
                     missing.discard(name)
         if missing:
-            raise UserError(
-                f"{folder} lacks the tensor {min(missing)} ({len(missing)} in all): remove that checkpoint and start again"
-            )
+            raise UserError(f"{folder} lacks the tensor {min(missing)} ({len(missing)} in all)")
 
     def hash(self) -> str:
         """SHA-256 over names, shapes and bytes of the master: what a run's base weights are known by."""
@@ -186,15 +188,18 @@ def checkpoint_weights(
 ) -> dict[str, torch.Tensor]:
     """The parameters `names` of a checkpoint in float32 on `device`, tied ones under the name that is asked for.
 
-    Sharded or single safetensors are read a tensor at a time, so that a master on a GPU needs no copy in main memory.
+    Sharded or single safetensors are read a tensor at a time, so that a master on a GPU needs no copy in main memory. Only
+    the files that the model is loaded from are read: others may lie beside them.
     """
     found = {}
     wanted = set(names)
-    for path in sorted(resolve_folder(model_path).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in wanted.intersection(file.keys()):
-                found[name] = file.get_tensor(name).to(device).float()
+    folder = resolve_folder(model_path)
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            with open_safetensors(path) as file:
+                for name in wanted.intersection(file.keys()):
+                    found[name] = file.get_tensor(name).to(device).float()
     if found.keys() != wanted:  # another layout: let transformers read it
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        model = load_policy(folder, torch.float32)
         found = {name: parameter.data.to(device) for name, parameter in model.named_parameters() if name in wanted}
     return {name: found[name] for name in names}

@@ -23,7 +23,5 @@ def run_order(prompts: list[str], prompts_per_step: int, max_steps: int, seed: i
     The draw of a step is ES's. TRL's own shuffle replays the first epoch's order after a resume in a later one, so the
     trainer must take these rows as they come (`shuffle_dataset=False`).
     """
-    if prompts_per_step > len(prompts):
-        raise UserError(f"prompts_per_step is {prompts_per_step}, but there are only {len(prompts)} training prompts")
     rows = [row for step in range(max_steps) for row in iteration_prompts(len(prompts), prompts_per_step, seed, step)]
     return Dataset.from_dict({"prompt": [prompts[row] for row in rows], "row": rows})

@@ -162,6 +162,14 @@ class GRPOSettings:
             )
         return derived
 
+    def check_enough(self, prompts: list[str]) -> None:
+        """Raises UserError when a step would need the same prompt twice."""
+        if self.prompts_per_step > len(prompts):
+            raise UserError(
+                f"prompts_per_step is {self.prompts_per_step}, but there are only {len(prompts)} training prompts "
+                "(of at most max_prompt_length tokens)"
+            )
+
     def deciding(self) -> dict:
         """The settings that decide the weights; going on with a run under others is refused."""
         free = _FREE | ({"max_steps"} if self.lr_scheduler_type.startswith("constant") else set())

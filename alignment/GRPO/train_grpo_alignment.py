@@ -22,29 +22,50 @@ from pathlib import Path
 
 from alignment.config import as_yaml
 from alignment.errors import UserError, run_main
-from alignment.GRPO.checkpoints import check_same_run, newest_checkpoint, step_of
+from alignment.GRPO.checkpoints import (
+    check_same_run,
+    check_weights,
+    check_whole,
+    deciding_of,
+    newest_checkpoint,
+    step_of,
+)
 from alignment.GRPO.settings import load_settings
 from alignment.prompts import draw_rows, text_hash
-from alignment.records import load_prompts, read_json, write_json
+from alignment.records import load_prompts, write_json
 
 EXIT_STOPPED = 128  # plus the signal's number, as shells do
 
 
 def main() -> int:
     settings = load_settings(description=__doc__)
-    settings.accumulation(int(os.environ.get("WORLD_SIZE", 1)))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    settings.accumulation(processes)
     train_rows = load_prompts(settings.train_jsonl, settings.prompt_key)
     held_out_rows = load_prompts(settings.eval_jsonl, settings.prompt_key)
     folder = Path(settings.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give another --output_dir")
     begun = (folder / "manifest.json").exists()
     if begun and not settings.resume:
         raise UserError(f"{folder} holds a run already: give another --output_dir, or leave out --resume false")
-    begun_with = read_json(folder / "manifest.json")["deciding"] if begun else {}
+    begun_with = deciding_of(folder) if begun else {}
+    checkpoint = newest_checkpoint(folder)
     if begun:
         check_same_run(begun_with, settings.deciding(), folder)
-        if step_of(newest_checkpoint(folder)) >= settings.max_steps and (folder / "final").exists():
+        if step_of(checkpoint) >= settings.max_steps and (folder / "final").exists():
             print(f"{folder} is finished; a larger --max_steps would go on with it")
             return 0
+    if checkpoint is not None:
+        if not begun:
+            raise UserError(
+                f"{folder} holds checkpoints but no manifest.json: what run is that? Give another --output_dir"
+            )
+        check_same_run(begun_with, {"processes": processes}, folder)  # each has random numbers of its own there
+        check_whole(checkpoint, processes)
+    drawn = [row[settings.prompt_key] for row in draw_rows(train_rows, settings.max_samples)]
+    held_out = [row[settings.prompt_key] for row in draw_rows(held_out_rows, settings.eval_samples)]
+    settings.check_enough(drawn)
 
     # torch and the models only now, so that a mistake in the settings is told at once.
     warnings.filterwarnings(
@@ -77,9 +98,10 @@ def main() -> int:
             first_turn_only=settings.first_turn_only,
             batch_size=settings.eval_batch_size,
         )
-        drawn = [row[settings.prompt_key] for row in draw_rows(train_rows, settings.max_samples)]
         prompts = prompts_that_fit(engine, drawn, settings.max_prompt_length)
-        held_out = [row[settings.prompt_key] for row in draw_rows(held_out_rows, settings.eval_samples)]
+        settings.check_enough(prompts)
+        engine.check_room(prompts, settings.max_completion_length, settings.train_jsonl)
+        engine.check_room(held_out, settings.max_completion_length, settings.eval_jsonl)
         deciding = settings.deciding() | {
             "processes": args.world_size,
             "device": args.device.type,
@@ -98,6 +120,8 @@ def main() -> int:
             run_order(prompts, settings.prompts_per_step, settings.max_steps, settings.seed),
             peft_config=adapter_config(settings),
         )
+        if checkpoint is not None:
+            check_weights(checkpoint, trainer.accelerator.unwrap_model(trainer.model))
         main_process = trainer.accelerator.is_main_process
         trainer.accelerator.wait_for_everyone()  # all have seen whether the run was there
         if main_process:

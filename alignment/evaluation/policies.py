@@ -18,6 +18,7 @@ from alignment.errors import UserError
 from alignment.ES.replay import replay
 from alignment.evaluation.classify_settings import ClassifySettings, parse_journal
 from alignment.generation import Engine, TransformersEngine
+from alignment.pretrained import check_finite
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
@@ -79,6 +80,7 @@ def load_vllm_checkpoint(engine: Engine, path: str | Path) -> None:
             raise UserError(f"{path}: {name} has the shape {list(given[name].shape)}, the model {list(tensor.shape)}")
     for name, tensor in own.items():
         tensor.copy_(given[name])
+    check_finite(path, own)
 
 
 def _unfused(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:

@@ -17,7 +17,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from alignment.conversation import Template, get_template, load_tokenizer
 from alignment.errors import UserError
+from alignment.generation.loading import check_vocabulary, read_policy_config
 from alignment.generation.members import LowRank
+from alignment.model_folder import resolve_folder
 from alignment.progress import progress_bar
 
 _CONTEXT_TOKENS = 8  # enough for a decoder to see that a response stands in the middle of a text
@@ -52,7 +54,11 @@ class Engine(ABC):
     members_at_once: int  # how many members one call of `generate_members` should get
 
     def __init__(self, model_path: str | Path, template: str, first_turn_only: bool, batch_size: int):
-        self.tokenizer = load_tokenizer(model_path)
+        """Raises UserError when the folder is not a whole policy; its weights are not loaded yet."""
+        self.folder = resolve_folder(model_path)
+        self.config = read_policy_config(self.folder)
+        self.tokenizer = load_tokenizer(self.folder)
+        check_vocabulary(self.folder, self.tokenizer, self.config)
         self.template = get_template(template, self.tokenizer)
         self.first_turn_only = first_turn_only
         self.batch_size = batch_size
@@ -171,19 +177,22 @@ class Engine(ABC):
         Neighbours of similar length share one: little padding, by a rule of the prompts alone.
         """
         size = size or self.batch_size
-        encoded = [self.template.encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        self._check_room(encoded, max_new_tokens)
+        encoded = self.check_room(prompts, max_new_tokens)
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         starts = range(0, len(order), size)
         return [{index: encoded[index] for index in order[start : start + size]} for start in starts]
 
-    def _check_room(self, encoded: list[list[int]], max_new_tokens: int) -> None:
-        for index, ids in enumerate(encoded):
+    def check_room(self, prompts: Sequence[str], max_new_tokens: int, source: str = "") -> list[list[int]]:
+        """The ids of each prompt. Raises UserError, which names the `source` of the prompts, for one without room to answer."""
+        encoded = [self.template.encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
             if self.context is not None and len(ids) + max_new_tokens > self.context:
+                named = f"{source}: the prompt {prompt!r:.60}" if source else f"prompt {index + 1}"
                 raise UserError(
-                    f"prompt {index + 1} has {len(ids)} tokens; with max_new_tokens {max_new_tokens} that is more than the "
-                    f"model's context of {self.context}: leave that prompt out or lower max_new_tokens"
+                    f"{named} has {len(ids)} tokens; with max_new_tokens {max_new_tokens} that is more than the model's "
+                    f"context of {self.context}: leave that prompt out, or allow fewer new tokens"
                 )
+        return encoded
 
 
 def complete(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, template: Template) -> GenerationConfig:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from alignment.errors import UserError
+from alignment.device import find_device
 from alignment.generation.engine import Engine, Generation, Sampling, complete
+from alignment.generation.loading import load_policy
 from alignment.generation.members import LowRank, MembersInBatch, linear_weights
 
 MEMBERS_AT_ONCE = 8  # enough to share the product with the weights, few enough that several processes get a group
@@ -37,15 +37,11 @@ class TransformersEngine(Engine):
         batch_size: int = 64,
     ):
         logging.disable_progress_bar()  # the scripts' own bar is the only one
+        self.device = find_device(device)
         super().__init__(model_path, template, first_turn_only, batch_size)
-        self.device = torch.device(device)
         if dtype == "auto":
             dtype = "float32" if self.device.type == "cpu" else "bfloat16"
-        try:
-            self.model = AutoModelForCausalLM.from_pretrained(str(model_path), dtype=getattr(torch, dtype))
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"cannot load the policy {model_path}: {' '.join(str(error).split())}") from error
-        self.model.to(self.device).eval()
+        self.model = load_policy(self.folder, getattr(torch, dtype), self.device)
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.members_at_once = min(MEMBERS_AT_ONCE, batch_size)
         self.model.generation_config = complete(self.model.generation_config, self.tokenizer, self.template)

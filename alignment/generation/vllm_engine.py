@@ -18,13 +18,16 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig
 
+from alignment.device import find_device
 from alignment.errors import UserError
 from alignment.generation.engine import Engine, Generation, Sampling, complete
+from alignment.generation.loading import check_headers, on_meta, shapes_of
 from alignment.generation.members import LowRank, linear_weights
 from alignment.generation.vllm_launch import placed_on
 from alignment.generation.vllm_members import answer_members
+from alignment.pretrained import check_finite
 
 # The model must live in this process, or its weights are out of reach. Read by vLLM when it is imported.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -65,17 +68,16 @@ class VLLMEngine(Engine):
             from alignment.generation.vllm_member_worker import member_options
         except ImportError as error:
             raise UserError(f"engine vllm: {error}; use the environment of requirements-cluster.txt") from error
+        self.device = find_device(device)
         super().__init__(model_path, template, first_turn_only, batch_size=2**31)  # vLLM forms its own batches
-        self.device = torch.device(device)
-        self._config = AutoConfig.from_pretrained(str(model_path))
-        self._path = str(model_path)
+        check_headers(self.folder, self.config)
         if members_at_once:
             options |= member_options(members_at_once, member_rank)
         options = self._memory(dtype, reserved_bytes) | options
         with placed_on(self.device) as placement:
             try:
                 self._llm = LLM(
-                    model=self._path,
+                    model=str(self.folder),
                     dtype=dtype,
                     max_model_len=max_model_len,
                     max_num_seqs=max_num_seqs,
@@ -96,6 +98,7 @@ class VLLMEngine(Engine):
         self.members_at_once = members_at_once
         self.context = self._llm.llm_engine.model_config.max_model_len
         self.end_ids = self._generation_config().eos_token_id
+        check_finite(self.folder, self.parameters())
 
     def _memory(self, dtype: str, reserved_bytes: int) -> dict:
         """vLLM's options for memory. Prints what goes where; raises UserError when it does not fit."""
@@ -107,7 +110,7 @@ class VLLMEngine(Engine):
         torch.cuda.set_device(self.device.index or 0)
         total = torch.cuda.get_device_properties(self.device).total_memory
         share = 1 - _HEADROOM - reserved_bytes / total
-        shapes = shapes_of(self._config).values()
+        shapes = shapes_of(self.config).values()
         working = (4 if dtype == "float32" else 2) * sum(shape.numel() for shape in shapes)
         print(
             f"GPU memory {total / GIB:.1f} GiB: policy {working / GIB:.1f}, reserved (float32 master) "
@@ -135,7 +138,7 @@ class VLLMEngine(Engine):
     def parameters(self) -> dict[str, torch.Tensor]:
         own = {name: parameter.data for name, parameter in self._model.named_parameters()}
         fused = getattr(self._model, "packed_modules_mapping", {})
-        shapes = shapes_of(self._config)
+        shapes = shapes_of(self.config)
         views = {}
         for name, shape in shapes.items():
             holder, first = name, 0
@@ -161,12 +164,12 @@ class VLLMEngine(Engine):
         }
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(state, str(folder), max_shard_size="5GB")
-        self._config.save_pretrained(str(folder))
+        self.config.save_pretrained(str(folder))
         self._generation_config().save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
 
     def linear_weights(self) -> list[str]:
-        return linear_weights(_on_meta(self._config))
+        return linear_weights(on_meta(self.config))
 
     def generate_share(
         self, prompts: Sequence[str], max_new_tokens: int, rank: int, world_size: int
@@ -188,8 +191,7 @@ class VLLMEngine(Engine):
         """All requests of all members share the batches; more than `members_at_once` members follow one another."""
         if self._slots is None:
             raise UserError("this engine has no room for low-rank members: it was started with members_at_once 0")
-        encoded = [self.template.encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        self._check_room(encoded, max_new_tokens)
+        encoded = self.check_room(prompts, max_new_tokens)
         answers: list[dict[int, Generation]] = [{} for _ in members]
 
         def on_tokens(member: int, index: int, tokens: list[int]) -> None:
@@ -229,17 +231,7 @@ class VLLMEngine(Engine):
 
     def _generation_config(self) -> GenerationConfig:
         try:
-            config = GenerationConfig.from_pretrained(self._path)
+            config = GenerationConfig.from_pretrained(str(self.folder))
         except OSError:
-            config = GenerationConfig.from_model_config(self._config)
+            config = GenerationConfig.from_model_config(self.config)
         return complete(config, self.tokenizer, self.template)
-
-
-def shapes_of(config: PretrainedConfig) -> dict[str, torch.Size]:
-    """A model's parameters by Hugging Face name, tied ones once, without loading it."""
-    return {name: parameter.shape for name, parameter in _on_meta(config).named_parameters()}
-
-
-def _on_meta(config: PretrainedConfig) -> torch.nn.Module:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)

@@ -201,7 +201,9 @@ class ScorerClient:
         with self._lock:
             if self._identity is not None and deciding(self._identity) != deciding(identity):
                 changes = difference(deciding(self._identity), deciding(identity))
-                raise UserError(f"scorer {endpoint.url}: {changes}; the run began with the former")
+                raise UserError(
+                    f"scorer {endpoint.url}: {changes}; the run began with the former: start that one again, or begin another run"
+                )
             self._identity = identity
             endpoint.identity_hash, endpoint.verified = headers.get(IDENTITY_HEADER), True
 

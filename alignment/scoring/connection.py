@@ -22,6 +22,7 @@ GATEWAY_STATUS = {502, 504}  # somebody in between speaks: the scorer itself may
 LONGEST_RETRY_AFTER = 30.0  # seconds
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0  # seconds; doubled after every failure
 CONNECT_TIMEOUT = 10.0  # seconds
+ENDPOINTS = ("/score", "/score_batch", "/score_texts", "/health", "/info", "/metrics", "/docs")
 IDENTITY_HEADER = "X-Scorer-Identity"  # a hash of the service's identity, in every answer
 
 
@@ -40,11 +41,14 @@ class Endpoint:
         try:
             parts = urlsplit(url)
             usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            usable = usable and not (parts.query or parts.fragment or any(map(str.isspace, url)))
         except ValueError:  # brackets that do not match, a port beyond 65535
             usable = False
         if not usable:
             raise UserError(f"scorer URL {url!r}: expected something like http://127.0.0.1:8000, or auto")
         self.url = url.rstrip("/")
+        if parts.path.rstrip("/").endswith(ENDPOINTS):
+            raise UserError(f"scorer URL {url!r}: give the address alone, without /{self.url.rpartition('/')[2]}")
         self.outstanding = 0  # texts asked for and not answered
         self.rests_until = 0.0  # after a failure, on the monotonic clock
         self.pause = FIRST_PAUSE  # after the next failure, in seconds
@@ -63,6 +67,8 @@ class Endpoint:
             self._token = self._read_token()
             if self._token != token:
                 reply = self._send(method, path, body, timeout, self._token)
+        if reply.is_redirect:
+            raise UserError(f"scorer {self.url}{path}: sends on to {reply.headers['Location']}; name the scorer itself")
         if not reply.ok:
             problem = f"{reply.status_code}: {detail(reply)}"
             if reply.status_code in RETRY_STATUS:
@@ -87,6 +93,10 @@ class Endpoint:
             )
         except requests.exceptions.InvalidJSONError as error:
             raise UserError(f"scorer {self.url}{path}: the request cannot be written as JSON: {error}") from error
+        except requests.exceptions.SSLError as error:
+            raise UserError(
+                f"scorer {self.url}: no secure connection: {root_cause(error)}; is it http:// there?"
+            ) from error
         except requests.RequestException as error:
             session.close()
             with self._lock:

@@ -17,8 +17,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from alignment.conversation import Encoded, Template, get_template, load_tokenizer
+from alignment.device import find_device
 from alignment.errors import UserError
-from alignment.model_folder import resolve_folder, weights_hash
+from alignment.model_folder import read_config, resolve_folder, weights_hash
 from alignment.scoring.batching import BatchScorer
 from alignment.scoring.calibration import Calibration, read_calibration
 from alignment.scoring.packed import STEP, TOKENS, PackedForward, can_pack, check_fp8
@@ -110,7 +111,7 @@ class LocalScorer:
         fp8: bool = False,
         calibration: str | None = None,
     ) -> None:
-        self.device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+        self.device = find_device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
         on_cpu = self.device.type == "cpu"
         self.dtype = ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype
         if self.dtype not in DTYPES:
@@ -247,6 +248,7 @@ class LocalScorer:
     def _load(self, name: str) -> tuple:
         """Tokenizer and model of that folder or hub name, and what the identity says of it."""
         folder = resolve_folder(name)
+        read_config(folder)  # the tokenizer's complaint about a folder without one would mislead
         tokenizer = load_tokenizer(folder, self.reference)
         model = load_score_model(folder, DTYPES[self.dtype], self.device)
         check_fit(folder, tokenizer, model.config, self.max_length)

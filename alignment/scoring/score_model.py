@@ -22,16 +22,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from alignment.errors import UserError, first_line
-from alignment.model_folder import resolve_folder
+from alignment.model_folder import read_config, resolve_folder
+from alignment.pretrained import CONFIG_ERRORS, load_whole
 from alignment.scoring.checkpoint import copy_tensors
 
 EPSILON = 1e-8  # beside the standard deviation, as in Safe-RLHF's normalizers
@@ -79,9 +74,9 @@ class ScoreModel(nn.Module):
         self.score_type = getattr(config, "score_type", None) or "reward"
         self.do_normalize = bool(getattr(config, "do_normalize", False))
         if self.score_type not in SCORE_TYPES:
-            raise UserError(f"config.json: score_type is {self.score_type!r}, expected one of {', '.join(SCORE_TYPES)}")
+            raise UserError(f"score_type is {self.score_type!r}, expected one of {', '.join(SCORE_TYPES)}")
         if getattr(config, "score_dim", 1) != 1:
-            raise UserError(f"config.json: score_dim is {config.score_dim}, expected 1: one score a text")
+            raise UserError(f"score_dim is {config.score_dim}, expected 1: one score a text")
         self.model = AutoModel.from_config(config, dtype=dtype)
         # `bias` in these configs is the published default of another class; `score_bias` is the head's.
         self.score_head = nn.Linear(config.hidden_size, 1, bias=getattr(config, "score_bias", True), dtype=dtype)
@@ -109,7 +104,14 @@ class ScoreModel(nn.Module):
         config = read_config(folder)
         # The random start is overwritten below: it must not move the caller's random numbers.
         with torch.random.fork_rng(devices=[]), torch.device(device):
-            model = cls(config, dtype=dtype)
+            try:
+                model = cls(config, dtype=dtype)
+            except UserError as error:
+                raise UserError(f"{folder}/config.json: {error}") from error
+            except torch.OutOfMemoryError:
+                raise
+            except CONFIG_ERRORS as error:
+                raise UserError(f"{folder}/config.json: no model can be made from it: {first_line(error)}") from error
         # The first v1.0 revision has neither a head bias nor a normalizer: Safe-RLHF loads it with 0 and the identity.
         optional = set() if model.do_normalize else {f"normalizer.{name}" for name in ("mean", "var", "count")}
         if not hasattr(config, "score_bias"):
@@ -162,19 +164,8 @@ class SequenceClassifier(nn.Module):
         labels = read_config(folder).num_labels
         if labels != 1:
             raise UserError(f"{folder}: the classifier has {labels} labels, expected 1: one score a text")
-        try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True
-            )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"{folder}: could not be loaded: {first_line(error)}") from error
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info[kind]:
-                raise UserError(f"{folder}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:5]))}")
-        for key, tensor in model.state_dict().items():
-            if not torch.isfinite(tensor).all():
-                raise UserError(f"{folder}: {key} holds values that are not finite: the checkpoint is damaged")
-        return cls(model.to(device)).eval().requires_grad_(False)
+        model = load_whole(AutoModelForSequenceClassification, folder, dtype, device)
+        return cls(model).eval().requires_grad_(False)
 
 
 class SafeRlhfScore(nn.Module):
@@ -237,11 +228,3 @@ def attention_mask(input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tens
     """(B, T) int64: 1 for the first `lengths[b]` tokens of row b."""
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     return (positions < lengths.to(input_ids.device)[:, None]).long()
-
-
-def read_config(folder: Path) -> PreTrainedConfig:
-    """The folder's transformers config. Raises UserError when there is none or it cannot be read."""
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except Exception as error:  # transformers raises many kinds; all mean the same to a user
-        raise UserError(f"{folder}/config.json: not a readable transformers config: {first_line(error)}") from error

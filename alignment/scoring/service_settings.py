@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from alignment.conversation import get_template
 from alignment.errors import UserError
 from alignment.scoring.discovery import LOOPBACK, new_token, read_secret
 
@@ -15,6 +16,8 @@ Default = TypeVar("Default", int, None)
 
 DEFAULT_REWARD = "PKU-Alignment/beaver-7b-unified-reward"
 DEFAULT_COST = "PKU-Alignment/beaver-7b-unified-cost"
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+DIGITS = 9  # of a number of anything here: what has more is a mistake
 TRUE, FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -59,6 +62,14 @@ def read_settings(env: Mapping[str, str], port: int | None = None) -> Settings:
         if dtype not in ("auto", asked):
             raise UserError(f"USE_BF16 asks for {asked}, SCORER_DTYPE for {dtype}: set one of them")
         dtype = asked
+    if dtype not in DTYPES:
+        raise UserError(f"SCORER_DTYPE is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    template = env.get("SCORER_TEMPLATE") or "pku"
+    if template != "chat":  # which is the models' own
+        try:
+            get_template(template)
+        except UserError as error:
+            raise UserError(f"SCORER_TEMPLATE: {error}") from error
     probe = env.get("SCORER_PROBES") or ""
     address_file = env.get("SCORER_ADDRESS_FILE") or None
     limits = Limits()
@@ -66,8 +77,8 @@ def read_settings(env: Mapping[str, str], port: int | None = None) -> Settings:
         "reward_model": env.get("REWARD_MODEL") or DEFAULT_REWARD,
         "cost_model": env.get("COST_MODEL") or DEFAULT_COST,
         "dtype": dtype,
-        "max_length": _integer(env, "MAX_LENGTH", 576),
-        "template": env.get("SCORER_TEMPLATE") or "pku",
+        "max_length": _integer(env, "MAX_LENGTH", 576, least=2),
+        "template": template,
         "deterministic": _switch(env, "SCORER_DETERMINISTIC"),
         "reference": bool(_switch(env, "SCORER_REFERENCE")),
         "fp8": bool(_switch(env, "SCORER_FP8")),
@@ -128,6 +139,6 @@ def _integer(env: Mapping[str, str], name: str, default: Default, least: int = 0
     value = env.get(name, "").strip()
     if not value:
         return default
-    if not (value.isascii() and value.isdecimal()) or int(value) < least:
-        raise UserError(f"{name} is {value!r}, expected a whole number" + (f" from {least} on" if least else ""))
+    if not (value.isascii() and value.isdecimal()) or len(value) > DIGITS or int(value) < least:
+        raise UserError(f"{name} is {value[:40]!r}, expected a whole number" + (f" from {least} on" if least else ""))
     return int(value)

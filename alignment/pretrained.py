@@ -1,0 +1,76 @@
+"""transformers' models are loaded whole or not at all.
+
+transformers fills a tensor that a checkpoint lacks with random numbers and says so in a log: such a policy trains and answers,
+and is wrong. Here it is refused by key, as are tensors of another shape, those of layers that the config does not know, and
+values that are not finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from alignment.errors import UserError, first_line
+from alignment.model_folder import some_keys, tensor_shapes
+
+# What a config that makes no sense causes depends on the architecture: a size of 0, an unknown activation, a missing key.
+CONFIG_ERRORS = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, ZeroDivisionError)
+
+
+def load_whole(
+    kind: Any, folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", other_heads: bool = False
+) -> PreTrainedModel:
+    """The model in `folder` as the auto class `kind` loads it, on `device`, in eval mode.
+
+    With `other_heads`, tensors outside the backbone that the model has no place for are passed over: a value head beside a
+    policy does not change what it writes. Raises UserError naming the folder and the tensors that do not fit.
+    """
+    tensor_shapes(folder)  # names a file that cannot be read
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of keys that do not fit becomes the error below
+    try:
+        model, info = kind.from_pretrained(
+            str(folder), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, *CONFIG_ERRORS) as error:
+        raise UserError(f"{folder}: could not be loaded: {first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    backbone = f"{model.base_model_prefix}."
+    refuse_keys(
+        folder,
+        missing=info["missing_keys"],
+        unexpected=[key for key in info["unexpected_keys"] if not other_heads or key.startswith(backbone)],
+        misshapen=[misshapen(*mismatch) for mismatch in info["mismatched_keys"]],
+    )
+    model.to(device).eval()
+    check_finite(folder, model.state_dict())
+    return model
+
+
+def refuse_keys(
+    folder: Path, missing: Collection[str], unexpected: Collection[str], misshapen: Collection[str]
+) -> None:
+    """Raises UserError naming the first of the keys, when there are any."""
+    problems = [("missing", missing), ("not expected", unexpected), ("of the wrong shape", misshapen)]
+    found = "; ".join(f"{what}: {some_keys(sorted(keys))}" for what, keys in problems if keys)
+    if found:
+        raise UserError(f"{folder}: the weights do not fit config.json, tensors {found}")
+
+
+def misshapen(key: str, found: Collection[int], asked: Collection[int]) -> str:
+    return f"{key} is {tuple(found)}, the config asks for {tuple(asked)}"
+
+
+def check_finite(where: Path | str, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises UserError naming `where` and the tensors that hold NaN or infinities."""
+    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise UserError(
+            f"{where}: these weights are not finite: {some_keys(broken)}. The checkpoint is damaged, or too large for the dtype"
+        )
