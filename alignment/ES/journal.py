@@ -46,9 +46,13 @@ def read_journal(path: Path) -> tuple[dict, list[dict]]:
     rows = read_jsonl(path, required=("kind",))
     if not rows or rows[0]["kind"] != "start":
         raise UserError(f"{path}:1: not an ES journal (its first row must say kind 'start')")
+    if not isinstance(rows[0].get("base_weights"), str) or not isinstance(rows[0].get("settings"), dict):
+        raise UserError(f"{path}:1: not an ES journal (its first row must have base_weights and settings)")
     for number, step in enumerate(rows[1:]):
         if step.get("iteration") != number:
             raise UserError(f"{path}:{number + 2}: expected iteration {number}, found {step.get('iteration')!r}")
+        if not isinstance(step.get("seeds"), list) or not isinstance(step.get("coefficients"), list):
+            raise UserError(f"{path}:{number + 2}: the step has no lists of seeds and coefficients")
     return rows[0], rows[1:]
 
 

@@ -47,12 +47,13 @@ from alignment.evaluation.judging.store import (
     decided_by_key,
     last_outcomes,
     read_judgments,
+    read_records,
     verdicts_of,
 )
 from alignment.evaluation.judging.tasks import Answers, Task, choose_prompts, make_tasks, points_files, read_answers
 from alignment.evaluation.judging.verdict import Verdict
 from alignment.evaluation.points import DEFAULT_FOLDER, model_file, models_in
-from alignment.records import read_jsonl, write_json
+from alignment.records import write_json
 from alignment.visualization.plot_gpt_elo_figure import details_path, draw_ratings, intervals_of
 from alignment.visualization.style import save_figure
 
@@ -190,7 +191,7 @@ def from_endpoint(config: Config) -> Evidence | None:
     price = find_price(judge, config.price_in, config.price_out)
     path = Path(config.judgments_out)
     if config.dry_run:
-        print_plan(config, tasks, read_jsonl(path) if path.exists() else [], price)
+        print_plan(config, tasks, read_records(path) if path.exists() else [], price)
         return None
     client = JudgeClient(
         judge,
