@@ -11,6 +11,8 @@ import contextlib
 import json
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -96,6 +98,46 @@ def check_text(value: object, where: str) -> None:
         raise UserError(
             f"{where} holds {value[error.start]!a}, half of a character; mend or remove that row"
         ) from error
+
+
+def check_writable_file(path: str | Path) -> None:
+    """Raises UserError when no file of this name could be written; leaves nothing behind, not even a folder.
+
+    Scripts ask it before they load a model: a mistyped or read-only place is told in seconds and not after hours.
+    """
+    if Path(path).is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
+    _try_to_write(Path(path).absolute().parent, path)
+
+
+def check_writable_folder(folder: str | Path) -> None:
+    """The same for the files of a folder, which need not exist yet."""
+    _try_to_write(Path(folder).absolute(), folder)
+
+
+def _try_to_write(folder: Path, named: str | Path) -> None:
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {named}: {folder}: {error.strerror}; choose another place") from error
+
+
+def check_room(folder: str | Path, needed: int) -> None:
+    """Raises UserError when the disk of `folder`, which need not exist yet, has less than `needed` bytes left."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{folder} needs {needed / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB left: make room, the same "
+            "command goes on"
+        )
 
 
 @contextlib.contextmanager

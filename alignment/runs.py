@@ -22,7 +22,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from alignment.errors import UserError
+from safetensors import SafetensorError
+
+from alignment.errors import UserError, first_line
 from alignment.records import JsonlWriter, atomic_open, fsync_folder, read_jsonl, write_json, write_jsonl
 
 _PACKAGES = ("torch", "transformers", "numpy", "accelerate", "trl", "vllm", "safetensors", "tokenizers")
@@ -53,10 +55,12 @@ def atomic_directory(final: str | Path) -> Iterator[Path]:
         else:
             temporary.rename(final)
         fsync_folder(final.parent)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {final}: {error.strerror or error}; what was there before is unchanged"
-        ) from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # safetensors and torch.save have errors of their own for a disk that is full
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot write {final}: {reason}; what was there before is unchanged") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -150,8 +154,13 @@ class MetricsLog:
             for name, value in row.items()
             if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "iteration"
         }
-        for name, value in numbers.items():
-            self._tensorboard.add_scalar(name, value, step)
+        try:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._tensorboard.log_dir}: {error.strerror}; the metrics are whole"
+            ) from error
         if self._wandb is not None:
             self._wandb.log({**numbers, "iteration": step})
 

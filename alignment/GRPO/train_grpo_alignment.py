@@ -25,7 +25,7 @@ from alignment.errors import UserError, run_main
 from alignment.GRPO.checkpoints import check_same_run, newest_checkpoint, step_of
 from alignment.GRPO.settings import load_settings
 from alignment.prompts import draw_rows, text_hash
-from alignment.records import load_prompts, read_json, write_json
+from alignment.records import check_writable_folder, load_prompts, read_object, write_json
 
 EXIT_STOPPED = 128  # plus the signal's number, as shells do
 
@@ -36,10 +36,11 @@ def main() -> int:
     train_rows = load_prompts(settings.train_jsonl, settings.prompt_key)
     held_out_rows = load_prompts(settings.eval_jsonl, settings.prompt_key)
     folder = Path(settings.output_dir)
+    check_writable_folder(folder)
     begun = (folder / "manifest.json").exists()
     if begun and not settings.resume:
         raise UserError(f"{folder} holds a run already: give another --output_dir, or leave out --resume false")
-    begun_with = read_json(folder / "manifest.json")["deciding"] if begun else {}
+    begun_with = read_object(folder / "manifest.json", deciding=dict)["deciding"] if begun else {}
     if begun:
         check_same_run(begun_with, settings.deciding(), folder)
         if step_of(newest_checkpoint(folder)) >= settings.max_steps and (folder / "final").exists():

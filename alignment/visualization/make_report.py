@@ -25,7 +25,7 @@ from alignment.errors import UserError, run_main
 from alignment.evaluation.compare_models import comparison_table, scorer_of
 from alignment.evaluation.measures import MEASURES
 from alignment.evaluation.points import DEFAULT_FOLDER, model_file, models_in, prompt_ids
-from alignment.records import atomic_open
+from alignment.records import atomic_open, check_writable_file
 from alignment.scoring.client import difference
 from alignment.visualization.inputs import has_scores
 from alignment.visualization.report import answers, judge
@@ -64,6 +64,7 @@ class Config:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     config = load_config(Config, argv, prog="make_report.py", description=__doc__)
+    check_writable_file(config.output)
     command = shlex.join(["python", "alignment/visualization/make_report.py", *argv])
     data, texts = collect(config, command)
     with atomic_open(config.output) as file:

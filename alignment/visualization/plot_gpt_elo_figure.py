@@ -22,6 +22,7 @@ from alignment.errors import UserError, run_main
 from alignment.records import read_json
 from alignment.visualization.style import (
     COLUMN_WIDTH,
+    check_figure,
     label_points,
     model_colours,
     new_figure,
@@ -55,6 +56,7 @@ class Config:
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(Config, argv, prog="plot_gpt_elo_figure.py", description=__doc__)
+    check_figure(config.outfile)
     ratings = load_ratings(config.ratings)
     details = load_details(config.ratings, ratings)
     names = read_json(config.name_map) if config.name_map else {}
