@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import threading
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
@@ -20,6 +21,7 @@ class UserError(Exception):
 def run_main(main: Callable[[], int | None]) -> None:
     """Runs a script's `main` and exits: 0 or what it returns, 2 for a UserError or a full disk (one line, no trace), 130 for
     Ctrl-C."""
+    threading.excepthook = _tell_of_thread
     try:
         sys.exit(main() or 0)
     except UserError as error:
@@ -33,6 +35,12 @@ def run_main(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _tell_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """A thread that writes (TensorBoard's) says nothing of a full disk: who gave it the work is told, and says it."""
+    if getattr(failed.exc_value, "errno", None) not in NO_ROOM:
+        threading.__excepthook__(failed)
 
 
 def tell(message: str) -> None:

@@ -25,18 +25,20 @@ from typing import Any
 from safetensors import SafetensorError
 
 from alignment.errors import UserError, first_line
-from alignment.records import JsonlWriter, atomic_open, fsync_folder, read_jsonl, write_json, write_jsonl
+from alignment.records import JsonlWriter, atomic_open, check_room, fsync_folder, read_jsonl, write_json, write_jsonl
 
 _PACKAGES = ("torch", "transformers", "numpy", "accelerate", "trl", "vllm", "safetensors", "tokenizers")
 
 
 @contextlib.contextmanager
-def atomic_directory(final: str | Path) -> Iterator[Path]:
+def atomic_directory(final: str | Path, needed: int = 0) -> Iterator[Path]:
     """Yields a temporary folder beside `final`; it takes that name when the block ends well, with all its files on disk.
 
-    An older folder of that name is replaced, and stays until the new one is complete.
+    An older folder of that name is replaced, and stays until the new one is complete. Raises UserError when the place cannot be
+    written, is full, or has less than the `needed` bytes left.
     """
     final = Path(final)
+    check_room(final, needed)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +59,7 @@ def atomic_directory(final: str | Path) -> Iterator[Path]:
         fsync_folder(final.parent)
     except (OSError, SafetensorError, RuntimeError) as error:
         # safetensors and torch.save have errors of their own for a disk that is full
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"cannot write {final}: {reason}; what was there before is unchanged") from error
@@ -166,7 +168,10 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
-        self._tensorboard.close()
+        try:
+            self._tensorboard.close()
+        except OSError as error:  # its rows stand in metrics.jsonl as well
+            print(f"note: {self._tensorboard.log_dir} is not complete: {error.strerror}", file=sys.stderr)
         if self._wandb is not None:
             self._wandb.finish()
 

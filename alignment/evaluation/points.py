@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -187,6 +188,7 @@ def _load_array(path: Path) -> np.ndarray:
         OSError,
         ValueError,
         EOFError,
+        BadZipFile,
         MemoryError,
     ) as error:  # MemoryError: a header that asks for more than there is
         raise UserError(f"{path} is not a plain .npy array of numbers ({first_line(error)})") from error

@@ -171,11 +171,13 @@ def provenance(config: Config, models: Sequence[ModelAnswers], runs: Sequence[Ru
     for model in models:
         path = model_file(config.data_dir, model.name, "summary.json")
         if path.exists():
-            parts.append({"title": f"{model.name}: {path}", "text": path.read_text(encoding="utf-8")})
+            parts.append({"title": f"{model.name}: {path}", "text": path.read_text(encoding="utf-8", errors="replace")})
     for run in runs:
         for path in (run.folder / name for name in RUN_FILES):
             if path.exists():
-                parts.append({"title": f"{run.name}: {path}", "text": path.read_text(encoding="utf-8")})
+                parts.append(
+                    {"title": f"{run.name}: {path}", "text": path.read_text(encoding="utf-8", errors="replace")}
+                )
     return parts
 
 
