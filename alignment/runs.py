@@ -61,7 +61,7 @@ def atomic_directory(final: str | Path, needed: int = 0) -> Iterator[Path]:
         # safetensors and torch.save have errors of their own for a disk that is full
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
-        reason = getattr(error, "strerror", None) or first_line(error)
+        reason = getattr(error, "strerror", None) or f"is the disk full? {first_line(error)}"
         raise UserError(f"cannot write {final}: {reason}; what was there before is unchanged") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
