@@ -82,10 +82,15 @@ def load_prompts(path: str | Path, prompt_key: str = "prompt", limit: int | None
     if not rows:
         raise UserError(f"{path} has no rows; expected one JSON object with the key '{prompt_key}' a line")
     for where, row in rows:
-        check_text(row[prompt_key], f"{where}: '{prompt_key}'")
-        if not row[prompt_key].strip():
-            raise UserError(f"{where}: '{prompt_key}' must be text that is not empty, got {row[prompt_key]!r:.60}")
+        check_prompt(row[prompt_key], f"{where}: '{prompt_key}'")
     return [row for _, row in rows[:limit]]
+
+
+def check_prompt(value: object, where: str) -> None:
+    """Text with something in it to answer."""
+    check_text(value, where)
+    if not value.strip():
+        raise UserError(f"{where} must be text that is not empty, got {value!r:.60}")
 
 
 def check_text(value: object, where: str) -> None:

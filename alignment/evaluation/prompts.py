@@ -15,7 +15,7 @@ from alignment.errors import UserError
 from alignment.evaluation.classify_settings import ClassifySettings
 from alignment.evaluation.loading import load_split
 from alignment.evaluation.points import check_answer, prompt_ids
-from alignment.records import check_text, load_prompts, read_numbered
+from alignment.records import check_prompt, check_text, load_prompts, read_numbered
 
 DEFAULT_PROMPTS = "alignment/data/custom_eval_500.jsonl"
 CARRIED = ("id", "finished", "raw", "cut", "num_tokens")  # what a given response may bring along
@@ -33,10 +33,10 @@ def load_rows(config: ClassifySettings) -> list[dict]:
     else:
         place = config.dataset_name
         data = load_split(place, config.dataset_config, config.split, required=("prompt",))
+        for number, row in enumerate(data, start=1):
+            check_prompt(row["prompt"], f"{place}: row {number}: 'prompt'")
     if not data:
         raise UserError(f"{place} has no rows; expected one prompt a row")
-        for number, row in enumerate(data, start=1):
-            check_text(row["prompt"], f"{place}: row {number}: 'prompt'")
     data = _sample(data, config)
     if config.repeated_prompts == "once":
         first: dict[str, dict] = {}
