@@ -140,7 +140,7 @@ def check_room(folder: str | Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"{folder} needs {needed / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB left: make room, the same "
+            f"{folder} needs {needed / 2**30:.3g} GiB and its disk has {free / 2**30:.3g} GiB left: make room, the same "
             "command goes on"
         )
 

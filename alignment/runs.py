@@ -57,14 +57,19 @@ def atomic_directory(final: str | Path, needed: int = 0) -> Iterator[Path]:
         else:
             temporary.rename(final)
         fsync_folder(final.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # safetensors and torch.save have errors of their own for a disk that is full
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+    except Exception as error:
+        if not _is_about_writing(error):
             raise
         reason = getattr(error, "strerror", None) or f"is the disk full? {first_line(error)}"
         raise UserError(f"cannot write {final}: {reason}; what was there before is unchanged") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_about_writing(error: Exception) -> bool:
+    """Whether a disk that is full or failing is behind it: of the libraries only some raise OSError then."""
+    words = ("inline_container", "No space left on device", "Disk quota exceeded")  # torch.save, tokenizers
+    return isinstance(error, (OSError, SafetensorError)) or any(word in str(error) for word in words)
 
 
 class StopSignal:

@@ -15,6 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from script_here import bad_file, refused, run_script
+from tokenizers import Tokenizer, models
 
 from alignment.errors import UserError
 from alignment.evaluation.answers import generate_answers
@@ -133,7 +134,7 @@ def test_looking_whether_a_place_can_be_written_leaves_nothing_behind(tmp_path):
 
 def test_room_that_a_checkpoint_needs(tmp_path):
     check_room(tmp_path / "not" / "there", 1000)
-    with pytest.raises(UserError, match=r"needs 1048576.00 GiB and its disk has \d+\.\d\d GiB left"):
+    with pytest.raises(UserError, match=r"needs 1.05e\+06 GiB and its disk has \S+ GiB left"):
         check_room(tmp_path / "not" / "there", 2**50)
     with pytest.raises(UserError, match="GiB left"), atomic_directory(tmp_path / "checkpoint", needed=2**50):
         raise AssertionError("began to write")
@@ -162,8 +163,13 @@ FILLERS = {
     "a folder with tensors": lambda place: write_folder(
         place, lambda to: save_file({"a": torch.zeros(BIG)}, to / "a.safetensors")
     ),
+    "a folder with a tokenizer": lambda place: write_folder(place, lambda to: big_tokenizer().save(str(to / "a.json"))),
     "a folder with a state": lambda place: write_folder(place, lambda to: torch.save(torch.zeros(BIG), to / "a.pt")),
 }
+
+
+def big_tokenizer() -> Tokenizer:
+    return Tokenizer(models.WordLevel({f"word{number}": number for number in range(BIG // 16)}, "word0"))
 
 
 def noisy_figure() -> Figure:
@@ -207,7 +213,7 @@ def test_metrics_on_a_full_disk(small_disk):
 
 
 @pytest.fixture
-def models(tmp_path) -> Path:
+def classified(tmp_path) -> Path:
     """A folder with two classified models, A and B, as arrays and points."""
     folder = tmp_path / "models"
     for name in "AB":
@@ -255,10 +261,12 @@ ARRAYS = {
 
 @pytest.mark.parametrize("case", ARRAYS)
 @pytest.mark.parametrize("script", [GRID, RATIOS, PARETO, REPORT])
-def test_damaged_arrays(models, tmp_path, script, case):
-    (models / "B_Cs.npy").unlink()
-    path = bad_file(models, "B_Cs.npy", ARRAYS[case])
-    message = refused(script, "--data_dir", models, "--output", tmp_path / ("x.html" if script == REPORT else "x.png"))
+def test_damaged_arrays(classified, tmp_path, script, case):
+    (classified / "B_Cs.npy").unlink()
+    path = bad_file(classified, "B_Cs.npy", ARRAYS[case])
+    message = refused(
+        script, "--data_dir", classified, "--output", tmp_path / ("x.html" if script == REPORT else "x.png")
+    )
     assert str(path) in message
 
 
@@ -294,26 +302,26 @@ DETAIL_FILES = {
 }
 
 
-def ratings_readers(ratings: Path, models: Path, tmp_path: Path) -> list[list]:
+def ratings_readers(ratings: Path, classified: Path, tmp_path: Path) -> list[list]:
     return [
         [FIGURE, "--ratings", ratings, "--outfile", tmp_path / "x.png"],
         [PARETO, "--ratings", ratings, "--output", tmp_path / "x.png"],
-        [REPORT, "--ratings", ratings, "--data_dir", models, "--output", tmp_path / "x.html"],
+        [REPORT, "--ratings", ratings, "--data_dir", classified, "--output", tmp_path / "x.html"],
     ]
 
 
 @pytest.mark.parametrize("case", TABLES)
-def test_damaged_ratings(models, tmp_path, case):
+def test_damaged_ratings(classified, tmp_path, case):
     path = bad_file(tmp_path, "ratings.json", TABLES[case])
-    for command in ratings_readers(path, models, tmp_path):
+    for command in ratings_readers(path, classified, tmp_path):
         assert str(path) in refused(*command)
 
 
 @pytest.mark.parametrize("case", DETAIL_FILES)
-def test_damaged_details_of_ratings(models, tmp_path, case):
+def test_damaged_details_of_ratings(classified, tmp_path, case):
     write_json(tmp_path / "ratings.json", RATINGS)
     path = bad_file(tmp_path, "ratings_details.json", DETAIL_FILES[case])
-    for command in ratings_readers(tmp_path / "ratings.json", models, tmp_path):
+    for command in ratings_readers(tmp_path / "ratings.json", classified, tmp_path):
         assert str(path) in refused(*command)
 
 
@@ -326,18 +334,18 @@ def test_damaged_names(tmp_path, content):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"text"', b'{"scorer": 5}', b'{"scorer": "x"}', b"\xff", None])
-def test_damaged_summaries(models, tmp_path, content):
-    (models / "B_summary.json").unlink()
-    path = bad_file(models, "B_summary.json", content)
+def test_damaged_summaries(classified, tmp_path, content):
+    (classified / "B_summary.json").unlink()
+    path = bad_file(classified, "B_summary.json", content)
     commands = [
-        [COMPARE, "A", "B", "--data_dir", models, "--output", tmp_path / "c"],
-        [REPORT, "--data_dir", models, "--output", tmp_path / "x.html"],
+        [COMPARE, "A", "B", "--data_dir", classified, "--output", tmp_path / "c"],
+        [REPORT, "--data_dir", classified, "--output", tmp_path / "x.html"],
         [
             RATE,
             "--judge",
             "scorer",
             "--data_dir",
-            models,
+            classified,
             "--ratings_out",
             tmp_path / "r.json",
             "--plot_out",
@@ -347,10 +355,10 @@ def test_damaged_summaries(models, tmp_path, content):
     for command in commands:
         assert str(path) in refused(*command)
     if content != b'{"scorer": 5}' and content != b'{"scorer": "x"}':
-        given = ["--responses_from", models / "A_points.jsonl", "--output_dir", models, "--model_name", "B"]
+        given = ["--responses_from", classified / "A_points.jsonl", "--output_dir", classified, "--model_name", "B"]
         assert str(path) in refused(CLASSIFY, *given, *NO_SCORER[:2])
         (tmp_path / "sweeps.yaml").write_text(
-            f"sweeps: [{{model_name: B, output_dir: {models}, policy_model_path: m}}]\n"
+            f"sweeps: [{{model_name: B, output_dir: {classified}, policy_model_path: m}}]\n"
         )
         assert str(path) in refused("slurm/sweep_tasks.py", "todo", tmp_path / "sweeps.yaml", "B")
 
@@ -366,11 +374,11 @@ def test_a_manifest_that_was_edited_by_hand(tmp_path, content):
     assert str(path) in message
 
 
-def test_a_report_shows_manifests_and_settings_that_are_no_text(models, tmp_path):
+def test_a_report_shows_manifests_and_settings_that_are_no_text(classified, tmp_path):
     """They are shown, not understood: what is not UTF-8 in them is no reason to have no report."""
     write_jsonl(tmp_path / "run" / "metrics.jsonl", [{"kind": "train", "iteration": 0, "reward_mean": 1.0}])
     bad_file(tmp_path / "run", "manifest.json", b'{"command": "\xff"}')
-    done = run_script(REPORT, "--data_dir", models, "--runs", tmp_path / "run", "--output", tmp_path / "x.html")
+    done = run_script(REPORT, "--data_dir", classified, "--runs", tmp_path / "run", "--output", tmp_path / "x.html")
     assert done.code == 0, done.err
 
 

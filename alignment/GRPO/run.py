@@ -65,7 +65,9 @@ class Run(TrainerCallback):
         checkpoint = newest_checkpoint(self.folder)
         first = step_of(checkpoint)
         if checkpoint is not None:
-            self.trainer.constraint.multiplier.load_state_dict(read_object(checkpoint / "constraint.json"))
+            self.trainer.constraint.multiplier.load_state_dict(
+                read_object(checkpoint / "constraint.json", value=(int, float), cost_ema=(int, float, type(None)))
+            )
             if self.main:
                 print(f"going on after step {first}", flush=True)
         self.metrics = self._open_metrics(first) if self.main else None
