@@ -30,7 +30,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     except OSError as error:  # what writes outside alignment/records.py: libraries, and print
         if error.errno not in NO_ROOM:
             raise
-        tell(f"cannot write {error.filename or 'to disk'}: {error.strerror}; make room, the same command goes on")
+        tell(f"cannot write {error.filename or 'to disk'}: {error.strerror}; make room and run it again")
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -140,8 +140,8 @@ def check_room(folder: str | Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"{folder} needs {needed / 2**30:.3g} GiB and its disk has {free / 2**30:.3g} GiB left: make room, the same "
-            "command goes on"
+            f"{folder} needs {needed / 2**30:.3g} GiB and its disk has {free / 2**30:.3g} GiB left: make room and "
+            "run the same command again"
         )
 
 
@@ -212,7 +212,7 @@ def read_object(path: str | Path, **required: type | tuple[type, ...]) -> dict:
     for key, kind in required.items():
         if key not in content:
             raise UserError(f"{path}: the key '{key}' is missing; was the file edited by hand?")
-        if not isinstance(content[key], kind) or isinstance(content[key], bool):
+        if not isinstance(content[key], kind) or isinstance(content[key], bool):  # for Python true is a whole number
             raise UserError(
                 f"{path}: '{key}' is {content[key]!r:.40}, which this file never says; was it edited by hand?"
             )

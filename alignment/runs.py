@@ -38,7 +38,8 @@ def atomic_directory(final: str | Path, needed: int = 0) -> Iterator[Path]:
     written, is full, or has less than the `needed` bytes left.
     """
     final = Path(final)
-    check_room(final, needed)
+    if needed:
+        check_room(final, needed)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)

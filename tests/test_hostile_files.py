@@ -83,7 +83,7 @@ BAD_POINTS = {
     "reward true": (points(reward=True), [":2", "'reward'"]),
     "label of another quadrant": (points(label="UU"), [":2", "UU", "SH"]),
     "label a list": (points(label=["SH"]), [":2", "SH"]),
-    "an id twice": (points(id="x") + json.dumps(POINT | {"id": "x"}).encode(), ["id x", "several rows"]),
+    "an id twice": (points(id="x") + json.dumps(POINT | {"id": "x"}).encode(), ["id ", "several rows"]),
     "finished a word": (points(finished="no"), [":2", "'finished'", "true or false"]),
     "cut a number": (points(cut=1), [":2", "'cut'", "true or false"]),
     "tokens a word": (points(num_tokens="many"), [":2", "'num_tokens'", "number"]),
@@ -120,11 +120,20 @@ def test_prompts_that_are_not_there(tmp_path, good, reader):
     named(message, tmp_path / "nothing.jsonl", [])
 
 
-@pytest.mark.parametrize("case", NO_ROWS | NO_JSONL | BAD_POINTS)
-@pytest.mark.parametrize("reader", POINTS_READERS)
+# The classification scores a points file anew: scores and labels in it do not matter.
+ONLY_SCORES = {"no label", "reward a word", "cost a list", "reward true", "label of another quadrant", "label a list"}
+
+
+@pytest.mark.parametrize(
+    ("reader", "case"),
+    [
+        (reader, case)
+        for reader in POINTS_READERS
+        for case in NO_ROWS | NO_JSONL | BAD_POINTS
+        if not (reader == "classify" and case in ONLY_SCORES)
+    ],
+)
 def test_answers(tmp_path, good, reader, case):
-    if reader == "classify" and case not in NO_ROWS | NO_JSONL | dict.fromkeys(["prompt a number", "response null"]):
-        pytest.skip("scores what it is given anew: of a points file it takes the texts")
     content, words = (NO_ROWS | NO_JSONL | BAD_POINTS)[case]
     path = bad_file(good.parent, "bad_points.jsonl", content)
     places = {"GOOD": good, "FILE": path, "FOLDER": good.parent}
@@ -134,6 +143,15 @@ def test_answers(tmp_path, good, reader, case):
     if case == "cut off" and reader != "classify":
         words = [":1", "'reward' is missing"]
     named(refused(*command), path, words)
+
+
+@pytest.mark.parametrize("key", ["prompt", "response"])
+def test_half_a_character_cannot_be_sent_to_a_judge(tmp_path, good, key):
+    row = POINT | {key: "half \ud83d"}
+    for name in ("a", "b"):
+        write_jsonl(good.parent / f"{name}_points.jsonl", [row])
+    message = refused(RATE, "--dry_run", "--data_dir", good.parent, "--models", "a", "b")
+    named(message, good.parent / "a_points.jsonl", [f"'{key}'", "half of a character"])
 
 
 METRICS = {

@@ -36,7 +36,6 @@ def main() -> int:
     train_rows = load_prompts(settings.train_jsonl, settings.prompt_key)
     held_out_rows = load_prompts(settings.eval_jsonl, settings.prompt_key)
     folder = Path(settings.output_dir)
-    check_writable_folder(folder)
     begun = (folder / "manifest.json").exists()
     if begun and not settings.resume:
         raise UserError(f"{folder} holds a run already: give another --output_dir, or leave out --resume false")
@@ -46,6 +45,7 @@ def main() -> int:
         if step_of(newest_checkpoint(folder)) >= settings.max_steps and (folder / "final").exists():
             print(f"{folder} is finished; a larger --max_steps would go on with it")
             return 0
+    check_writable_folder(folder)
 
     # torch and the models only now, so that a mistake in the settings is told at once.
     warnings.filterwarnings(

@@ -184,13 +184,8 @@ def models_in(folder: str | Path) -> list[str]:
 def _load_array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        BadZipFile,
-        MemoryError,
-    ) as error:  # MemoryError: a header that asks for more than there is
+    except (OSError, ValueError, EOFError, BadZipFile, MemoryError) as error:
+        # MemoryError: a damaged header asks for more than there is
         raise UserError(f"{path} is not a plain .npy array of numbers ({first_line(error)})") from error
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path} is an archive of arrays (.npz), expected one plain .npy array")

@@ -24,7 +24,7 @@ CARRIED = ("id", "finished", "raw", "cut", "num_tokens")  # what a given respons
 def load_rows(config: ClassifySettings) -> list[dict]:
     """Rows in the order of the results. Raises UserError naming file and key when the data lack what is asked of them."""
     if config.responses_from:
-        data, place = read_answers(config.responses_from), config.responses_from
+        data, place = given_answers(config.responses_from), config.responses_from
     elif config.from_jsonl or not config.dataset_name:
         place = config.from_jsonl or DEFAULT_PROMPTS
         if not Path(place).exists():
@@ -71,7 +71,7 @@ def _from_hub(config: ClassifySettings) -> bool:
     return bool(config.dataset_name) and not config.from_jsonl
 
 
-def read_answers(path: str) -> list[dict]:
+def given_answers(path: str) -> list[dict]:
     """Rows with prompt and response, as `--responses_from` takes them. Raises UserError with file and line."""
     rows = read_numbered(path, required=("prompt", "response"))
     for where, row in rows:
