@@ -90,9 +90,11 @@ def read_yaml_mapping(path: str | Path) -> dict:
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.load(file, Loader=_StrictLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the config file {path}: {error}") from error
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise UserError(f"cannot read the config file {path}: {error.strerror}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read the config file {path}: not UTF-8 text ({error}); save it as UTF-8") from error
+    except Exception as error:  # PyYAML raises ValueError, KeyError and others for a value that its tag does not fit
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if content is None:
         return {}

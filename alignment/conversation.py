@@ -183,15 +183,20 @@ def get_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None, re
         if tokenizer is None or not getattr(tokenizer, "chat_template", None):
             raise UserError("template 'chat': the tokenizer has no chat template; use 'pku', 'alpaca' or a format text")
         return _chat_template(tokenizer)
+    check_template(name)
     text = ALPACA if name == "alpaca" else name
-    if text.count(PLACEHOLDER) != 1:
-        raise UserError(
-            f"template {name!r}: expected 'pku', 'alpaca', 'chat' or a text that contains {PLACEHOLDER} exactly once"
-        )
     before, after = text.split(PLACEHOLDER)
     # The line that leads to the user's words is what the next user turn would begin with.
     next_turn = before.rstrip().rsplit("\n", 1)[-1].strip()
     return Template(name, before, after, next_turn=next_turn)
+
+
+def check_template(name: str, key: str = "template") -> None:
+    """Raises UserError when `name` can be no template, whatever the tokenizer; settings ask it before a model is loaded."""
+    if name not in ("pku", "alpaca", "chat") and name.count(PLACEHOLDER) != 1:
+        raise UserError(
+            f"{key} {name!r:.80}: expected 'pku', 'alpaca', 'chat' or a text that contains {PLACEHOLDER} exactly once"
+        )
 
 
 def load_tokenizer(folder: str | Path, reference: bool = False) -> PreTrainedTokenizerBase:

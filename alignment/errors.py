@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import sys
+import threading
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what shells and SLURM expect
 
 
@@ -16,15 +19,33 @@ class UserError(Exception):
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Runs a script's `main` and exits: 0 or what it returns, 2 for a UserError (one line, no trace), 130 for Ctrl-C."""
+    """Runs a script's `main` and exits: 0 or what it returns, 2 for a UserError or a full disk (one line, no trace), 130 for
+    Ctrl-C."""
+    threading.excepthook = _tell_of_thread
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:  # what writes outside alignment/records.py: libraries, and print
+        if error.errno not in NO_ROOM:
+            raise
+        tell(f"cannot write {error.filename or 'to disk'}: {error.strerror}; make room and run it again")
+        sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _tell_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """A thread that writes (TensorBoard's) says nothing of a full disk: who gave it the work is told, and says it."""
+    if getattr(failed.exc_value, "errno", None) not in NO_ROOM:
+        threading.__excepthook__(failed)
+
+
+def tell(message: str) -> None:
+    """One line, also where a name in it holds line breaks."""
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
 
 
 def first_line(error: BaseException) -> str:

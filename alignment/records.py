@@ -11,6 +11,8 @@ import contextlib
 import json
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -38,6 +40,12 @@ def read_jsonl(path: str | Path, required: Iterable[str] = ()) -> list[dict]:
 
     Raises UserError with file and line for what is not UTF-8, not JSON, not an object, or lacks a `required` key.
     """
+    return [row for _, row in read_numbered(path, required)]
+
+
+def read_numbered(path: str | Path, required: Iterable[str] = ()) -> list[tuple[str, dict]]:
+    """The rows of `read_jsonl`, each behind its place, FILE:LINE, for errors that tell it."""
+    required = tuple(required)
     rows = []
     try:
         content = Path(path).read_bytes()
@@ -54,7 +62,7 @@ def read_jsonl(path: str | Path, required: Iterable[str] = ()) -> list[dict]:
             raise UserError(
                 f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); save the file as UTF-8"
             ) from error
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
             cut_off = number == len(lines)  # the last line has no newline behind it
             hint = "the file ends in the middle of a row" if cut_off else "expected one JSON object a line"
             raise UserError(f"{where}: not valid JSON ({error}); {hint}") from error
@@ -63,20 +71,78 @@ def read_jsonl(path: str | Path, required: Iterable[str] = ()) -> list[dict]:
         for key in required:
             if key not in row:
                 raise UserError(f"{where}: the key '{key}' is missing; the row has {', '.join(row) or 'no keys'}")
-        rows.append(row)
+        rows.append((where, row))
     return rows
 
 
 def load_prompts(path: str | Path, prompt_key: str = "prompt", limit: int | None = None) -> list[dict]:
-    """Rows of a JSONL file whose `prompt_key` holds a prompt with at least one visible character; the first `limit` of them."""
-    rows = read_jsonl(path, required=(prompt_key,))
+    """Rows of a JSONL file whose `prompt_key` holds a prompt that tokenizers can read, with at least one visible character;
+    the first `limit` of them. Raises UserError with file and line."""
+    rows = read_numbered(path, required=(prompt_key,))
     if not rows:
         raise UserError(f"{path} has no rows; expected one JSON object with the key '{prompt_key}' a line")
-    for index, row in enumerate(rows, start=1):
-        prompt = row[prompt_key]
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"{path}: row {index}: '{prompt_key}' must be text that is not empty, got {prompt!r:.60}")
-    return rows[:limit]
+    for where, row in rows:
+        check_prompt(row[prompt_key], f"{where}: '{prompt_key}'")
+    return [row for _, row in rows[:limit]]
+
+
+def check_prompt(value: object, where: str) -> None:
+    """Text with something in it to answer."""
+    if not check_text(value, where).strip():
+        raise UserError(f"{where} must be text that is not empty, got {value!r:.60}")
+
+
+def check_text(value: object, where: str) -> str:
+    """`value`, when a tokenizer can read it: half of a surrogate pair is a character for JSON and for Python, but for none."""
+    if not isinstance(value, str):
+        raise UserError(f"{where} must be text, got {value!r:.40}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} holds {value[error.start]!a}, half of a character; mend or remove that row"
+        ) from error
+    return value
+
+
+def check_writable_file(path: str | Path) -> None:
+    """Raises UserError when no file of this name could be written; leaves nothing behind, not even a folder.
+
+    Scripts ask it before they load a model: a mistyped or read-only place is told in seconds and not after hours.
+    """
+    if Path(path).is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
+    _try_to_write(Path(path).absolute().parent, path)
+
+
+def check_writable_folder(folder: str | Path) -> None:
+    """The same for the files of a folder, which need not exist yet."""
+    _try_to_write(Path(folder).absolute(), folder)
+
+
+def _try_to_write(folder: Path, named: str | Path) -> None:
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {named}: {folder}: {error.strerror}; choose another place") from error
+
+
+def check_room(folder: str | Path, needed: int) -> None:
+    """Raises UserError when the disk of `folder`, which need not exist yet, has less than `needed` bytes left."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{folder} needs {needed / 2**30:.3g} GiB and its disk has {free / 2**30:.3g} GiB left: make room and "
+            "run the same command again"
+        )
 
 
 @contextlib.contextmanager
@@ -131,11 +197,26 @@ def save_npy(path: str | Path, array: np.ndarray) -> None:
 
 def read_json(path: str | Path) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_object(path: str | Path, **required: type | tuple[type, ...]) -> dict:
+    """The JSON object in a file, with values of the `required` kinds. Raises UserError, which names file and key."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}; was it edited by hand?")
+    for key, kind in required.items():
+        if key not in content:
+            raise UserError(f"{path}: the key '{key}' is missing; was the file edited by hand?")
+        if not isinstance(content[key], kind) or isinstance(content[key], bool):  # for Python true is a whole number
+            raise UserError(
+                f"{path}: '{key}' is {content[key]!r:.40}, which this file never says; was it edited by hand?"
+            )
+    return content
 
 
 class JsonlWriter:

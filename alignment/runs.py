@@ -22,19 +22,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from alignment.errors import UserError
-from alignment.records import JsonlWriter, atomic_open, fsync_folder, read_jsonl, write_json, write_jsonl
+from safetensors import SafetensorError
+
+from alignment.errors import UserError, first_line
+from alignment.records import JsonlWriter, atomic_open, check_room, fsync_folder, read_jsonl, write_json, write_jsonl
 
 _PACKAGES = ("torch", "transformers", "numpy", "accelerate", "trl", "vllm", "safetensors", "tokenizers")
 
 
 @contextlib.contextmanager
-def atomic_directory(final: str | Path) -> Iterator[Path]:
+def atomic_directory(final: str | Path, needed: int = 0) -> Iterator[Path]:
     """Yields a temporary folder beside `final`; it takes that name when the block ends well, with all its files on disk.
 
-    An older folder of that name is replaced, and stays until the new one is complete.
+    An older folder of that name is replaced, and stays until the new one is complete. Raises UserError when the place cannot be
+    written, is full, or has less than the `needed` bytes left.
     """
     final = Path(final)
+    if needed:
+        check_room(final, needed)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -53,12 +58,19 @@ def atomic_directory(final: str | Path) -> Iterator[Path]:
         else:
             temporary.rename(final)
         fsync_folder(final.parent)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {final}: {error.strerror or error}; what was there before is unchanged"
-        ) from error
+    except Exception as error:
+        if not _is_about_writing(error):
+            raise
+        reason = getattr(error, "strerror", None) or f"is the disk full? {first_line(error)}"
+        raise UserError(f"cannot write {final}: {reason}; what was there before is unchanged") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_about_writing(error: Exception) -> bool:
+    """Whether a disk that is full or failing is behind it: of the libraries only some raise OSError then."""
+    words = ("inline_container", "No space left on device", "Disk quota exceeded")  # torch.save, tokenizers
+    return isinstance(error, (OSError, SafetensorError)) or any(word in str(error) for word in words)
 
 
 class StopSignal:
@@ -150,14 +162,22 @@ class MetricsLog:
             for name, value in row.items()
             if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "iteration"
         }
-        for name, value in numbers.items():
-            self._tensorboard.add_scalar(name, value, step)
+        try:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._tensorboard.log_dir}: {error.strerror}; the metrics are whole"
+            ) from error
         if self._wandb is not None:
             self._wandb.log({**numbers, "iteration": step})
 
     def close(self) -> None:
         self._file.close()
-        self._tensorboard.close()
+        try:
+            self._tensorboard.close()
+        except OSError as error:  # its rows stand in metrics.jsonl as well
+            print(f"note: {self._tensorboard.log_dir} is not complete: {error.strerror}", file=sys.stderr)
         if self._wandb is not None:
             self._wandb.finish()
 

@@ -26,7 +26,7 @@ from alignment.errors import UserError
 from alignment.ES.settings import ESSettings
 from alignment.evaluation.points import file_stem
 from alignment.GRPO.settings import load_settings as load_grpo_settings
-from alignment.records import atomic_open, read_json
+from alignment.records import atomic_open, read_object
 from alignment.scoring.service_settings import DEFAULT_COST, DEFAULT_REWARD
 
 ES_SCRIPT = "slurm/train_accl_alignment_api.sh"
@@ -35,8 +35,9 @@ CLASSIFY_SCRIPT = "alignment/evaluation/classify_reward_cost_unified.sh"
 RATINGS_SCRIPT = "alignment/evaluation/run_gpt_elo_eval.sh"
 STAGES = ("scorer", "es", "grpo", "classify", "ratings", "report")  # in the order in which they run
 
-KEYS = {"name", "output_dir", "policy", "base_name", "reward_model", "cost_model", "train_jsonl", "eval_jsonl", "seed"}
-KEYS |= {"scorer_url", *STAGES}
+MODEL_KEYS = ("reward_model", "cost_model")
+PROMPT_KEYS = ("train_jsonl", "eval_jsonl")
+KEYS = {"name", "output_dir", "policy", "base_name", "seed", "scorer_url", *MODEL_KEYS, *PROMPT_KEYS, *STAGES}
 STAGE_KEYS = {
     "scorer": {"sbatch", "environment"},
     "es": {"sbatch", "config", "arguments"},
@@ -74,20 +75,24 @@ class Experiment:
     def __init__(self, path: str | Path) -> None:
         self.path, content = Path(path), read_yaml_mapping(path)
         self._refuse_unknown(content, KEYS, "key")
-        self.name = str(content.get("name") or self.path.stem)
+        for key in ("name", "output_dir", "policy", "base_name", *MODEL_KEYS, *PROMPT_KEYS, "scorer_url"):
+            self._check_text(content, key, key)
+        self.name = content.get("name") or self.path.stem
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise UserError(f"{path}: name {self.name!r}: expected letters, digits and . _ -")
         self.folder = Path(content.get("output_dir") or "alignment/outputs/experiments") / self.name
         self.policy = str(content.get("policy") or "")
         if not self.policy:
             raise UserError(f"{path}: policy is missing: the model to align, a folder or a name on the hub")
-        self.base_name = str(content.get("base_name") or Path(self.policy).name)
+        self.base_name = content.get("base_name") or Path(self.policy).name
         self.models = {
             "policy": self.policy,
             "reward_model": content.get("reward_model") or DEFAULT_REWARD,
             "cost_model": content.get("cost_model") or DEFAULT_COST,
         }
         self.seed = content.get("seed", 42)
+        if type(self.seed) is not int or self.seed < 0:
+            raise UserError(f"{path}: seed: expected a whole number from 0, got {self.seed!r:.40}")
         self.prompts = {
             "train_jsonl": str(content.get("train_jsonl") or "alignment/data/custom_train_250.jsonl"),
             "eval_jsonl": str(content.get("eval_jsonl") or "alignment/data/custom_eval_500.jsonl"),
@@ -97,7 +102,7 @@ class Experiment:
             if not Path(file).is_file():
                 raise UserError(f"{path}: {key}: {file} is not there (select_pku_balanced.ipynb writes it)")
         for key, model in self.models.items():
-            if looks_like_path(str(model)) and not Path(model).is_dir():
+            if looks_like_path(model) and not Path(model).is_dir():
                 raise UserError(f"{path}: {key}: the folder {model} is not there")
         self._sections = {name: self._section(content, name) for name in STAGES}
         self.left_out = [name for name, section in self._sections.items() if section is None]
@@ -117,14 +122,17 @@ class Experiment:
 
     def _scorer(self, section: dict) -> Stage:
         environment = {"REWARD_MODEL": self.models["reward_model"], "COST_MODEL": self.models["cost_model"]}
-        environment |= {str(key): flag_text(value) for key, value in (section.get("environment") or {}).items()}
+        environment |= {
+            str(key): flag_text(value) for key, value in self._mapping(section, "scorer", "environment").items()
+        }
         return Stage("scorer", "slurm/run_scorer_service.sh", [], environment)
 
     def _es(self, section: dict) -> Stage:
+        self._check_text(section, "config", "es: config")
         config = section.get("config") or "alignment/ES/es_alignment.yaml"
         run = self.folder / "es"
         arguments = ["--policy_model_path", self.policy, "--experiment_dir", str(run), "--global_seed", str(self.seed)]
-        arguments += self._training_arguments(section)
+        arguments += self._training_arguments(section, "es")
         with naming(f"{self.path}: es"):
             settings = load_config(ESSettings, ["--config", config, *arguments], prog="es", description="")
         self.es_steps = settings.num_iterations
@@ -135,9 +143,13 @@ class Experiment:
         return stage
 
     def _grpo(self, section: dict) -> Stage:
+        self._check_text(section, "config", "grpo: config")
         config = section.get("config") or "alignment/GRPO/grpo_alignment.yaml"
-        betas = [str(beta) for beta in section.get("betas") or (0.01, 0.1)]
-        arguments = ["--model_name", self.policy, *self._training_arguments(section)]
+        betas = section.get("betas", [0.01, 0.1])
+        if not isinstance(betas, list) or not betas:
+            raise UserError(f"{self.path}: grpo: betas: expected a list of numbers, got {betas!r:.40}")
+        betas = [str(beta) for beta in betas]
+        arguments = ["--model_name", self.policy, *self._training_arguments(section, "grpo")]
         with naming(f"{self.path}: grpo"):
             for beta in betas:
                 settings = load_grpo_settings(["--config", config, "--beta", beta, *arguments])
@@ -160,7 +172,9 @@ class Experiment:
         return stage
 
     def _classify(self, section: dict) -> Stage:
-        settings = dict(section.get("settings") or {})
+        settings = dict(self._mapping(section, "classify", "settings"))
+        if not isinstance(section.get("sweeps") or [], list):
+            raise UserError(f"{self.path}: classify: sweeps: expected a list of runs, got {section['sweeps']!r:.40}")
         if not settings.keys() & {"from_jsonl", "dataset_name"}:
             settings["from_jsonl"] = self.prompts["eval_jsonl"]
         defaults = {"scorer_url": self.scorer_url or "auto", "output_dir": str(self.folder / "model_comparisons")}
@@ -183,7 +197,7 @@ class Experiment:
 
     def _ratings(self, section: dict) -> Stage:
         self._need_classify("ratings")
-        given, out = section.get("arguments") or {}, self.folder / "ratings"
+        given, out = self._mapping(section, "ratings", "arguments"), self.folder / "ratings"
         models = [sweep.name for sweep in self.sweeps]
         self.judge = given.get("judge", "gpt")
         arguments = ["--data-dir", str(self.folder / "model_comparisons"), "--models", *models]
@@ -217,9 +231,9 @@ class Experiment:
             "SCORER_URL": "",
         }
 
-    def _training_arguments(self, section: dict) -> list[str]:
+    def _training_arguments(self, section: dict, stage: str) -> list[str]:
         files = ["--train_jsonl", self.prompts["train_jsonl"], "--eval_jsonl", self.prompts["eval_jsonl"]]
-        return [*files, "--scorer_url", self.scorer_url or "auto", *flags(section.get("arguments") or {})]
+        return [*files, "--scorer_url", self.scorer_url or "auto", *flags(self._mapping(section, stage, "arguments"))]
 
     def _summaries(self) -> list[Path]:
         return [sweep.summary for sweep in self.sweeps]
@@ -233,6 +247,17 @@ class Experiment:
             raise UserError(f"{self.path}: {name}: expected 'key: value' lines, or false to leave it out")
         self._refuse_unknown(section, STAGE_KEYS[name], f"{name}: key")
         return section
+
+    def _mapping(self, section: dict, stage: str, key: str) -> dict:
+        found = section.get(key) or {}
+        if not isinstance(found, dict):
+            raise UserError(f"{self.path}: {stage}: {key}: expected 'key: value' lines, got {found!r:.40}")
+        return found
+
+    def _check_text(self, content: dict, key: str, where: str) -> None:
+        """An absent or empty value means the default."""
+        if not isinstance(content.get(key) or "", str):
+            raise UserError(f"{self.path}: {where}: expected text, got {content[key]!r:.40}")
 
     def _refuse_unknown(self, content: dict, known: set[str], what: str) -> None:
         for key in content:
@@ -273,7 +298,7 @@ def looks_like_path(model: str) -> bool:
 def is_finished(run: Path, steps: int) -> bool:
     """Whether a training run has taken its last step and saved the result."""
     state = run / "final" / "trainer_state.json"
-    return state.exists() and read_json(state)["iteration"] >= steps
+    return state.exists() and read_object(state, iteration=int)["iteration"] >= steps
 
 
 def is_newer(result: Path, inputs: list[Path]) -> bool:

@@ -30,7 +30,7 @@ from sweep_tasks import Sweep
 
 from alignment.config import read_yaml_mapping, script_parser
 from alignment.errors import UserError, run_main
-from alignment.records import read_json, write_json
+from alignment.records import read_object, write_json
 
 SUBMIT = ["bash", "slurm/submit.sh"]
 STOP_SCORER = "stop_scorer"
@@ -261,7 +261,16 @@ class Pipeline:
 
 
 def read_jobs(path: Path) -> dict[str, list[str]]:
-    return read_json(path)["jobs"] if path.exists() else {}
+    """stage -> its jobs, oldest first; nothing before the first submission."""
+    if not path.exists():
+        return {}
+    jobs = read_object(path, jobs=dict)["jobs"]
+    for stage, numbers in jobs.items():
+        if not isinstance(numbers, list) or not all(isinstance(number, str) for number in numbers):
+            raise UserError(
+                f"{path}: '{stage}' is {numbers!r:.40}, expected a list of job numbers; was it edited by hand?"
+            )
+    return jobs
 
 
 def queued_tasks() -> list[QueuedTask]:

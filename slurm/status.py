@@ -25,7 +25,7 @@ from pipeline import STOP_SCORER, Pipeline, QueuedTask
 
 from alignment.config import script_parser
 from alignment.errors import UserError, run_main
-from alignment.records import read_json
+from alignment.records import read_object
 from alignment.scoring.discovery import HEALTH_SECONDS, ask_state, read_addresses, read_secret
 
 HEADINGS = ("stage", "job", "state", "progress", "objective", "safe %", "time left")
@@ -90,7 +90,7 @@ def stage_rows(experiment: Experiment, pipeline: Pipeline, name: str, stage: Sta
     elif name == "classify":
         for row, sweep in zip(rows, experiment.sweeps, strict=True):
             if sweep.is_done():
-                show_summary(row, read_json(sweep.summary))
+                show_summary(row, read_object(sweep.summary))
     return rows
 
 
@@ -137,24 +137,30 @@ def show_training(row: Row, run: Path, steps: int) -> None:
     # ES numbers its steps from 0, and GRPO as well: the row of step 0 says that one was taken.
     row.progress = row.progress or f"step {taken + 1}/{steps}"
     shown = next((one for one in reversed(rows) if one["kind"] == "eval"), rows[-1])
-    row.objective, row.safe = f"{shown['objective']:.3f}", f"{shown['safe_ratio']:.1f}"
+    row.objective, row.safe = number(shown.get("objective"), 3), number(shown.get("safe_ratio"), 1)
 
 
 def metrics_rows(path: Path) -> list[dict]:
-    """The whole rows of a file that may just be written."""
+    """The whole rows of training and evaluation in a file that may just be written."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        if isinstance(row, dict) and row.get("kind") in ("train", "eval") and isinstance(row.get("iteration"), int):
+            rows.append(row)
     return rows
 
 
 def show_summary(row: Row, summary: dict) -> None:
-    row.progress = f"{summary['num_points']} answers"
-    row.objective = f"{summary['measures']['objective']['value']:.3f}" if "objective" in summary["measures"] else ""
-    row.safe = f"{summary['safe_ratio']:.1f}"
+    row.progress = f"{summary.get('num_points', '?')} answers"
+    objective = (summary.get("measures") or {}).get("objective") or {}
+    row.objective, row.safe = number(objective.get("value"), 3), number(summary.get("safe_ratio"), 1)
+
+
+def number(value: object, digits: int) -> str:
+    return f"{value:.{digits}f}" if type(value) in (int, float) else ""
 
 
 def ended_job(job: str) -> tuple[str, Path | None]:

@@ -15,7 +15,8 @@ from pathlib import Path
 from alignment.config import read_yaml_mapping, script_parser
 from alignment.errors import UserError, run_main
 from alignment.evaluation.points import DEFAULT_FOLDER, model_file
-from alignment.records import read_json
+from alignment.evaluation.sweeps import defaults_and_sweeps
+from alignment.records import read_object
 
 DONE = 3
 RESULTS = ("generations.jsonl", "scores.jsonl", "Rs.npy", "Cs.npy", "labels.npy", "points.jsonl", "scatter.png")
@@ -47,7 +48,7 @@ class Sweep:
             model_file(self.folder, self.name, ending).unlink(missing_ok=True)
 
     def _same_policy(self) -> bool:
-        return self.policy is None or self.policy in str(read_json(self.summary).get("source", self.policy))
+        return self.policy is None or self.policy in str(read_object(self.summary).get("source", self.policy))
 
 
 def newest(policy: str | None) -> float:
@@ -65,9 +66,7 @@ def read_sweeps(path: str | Path) -> list[Sweep]:
 
 def sweeps_of(content: dict, path: str | Path) -> list[Sweep]:
     """The same from the content of a file, whose name errors tell."""
-    entries, defaults = content.get("sweeps") or [], content.get("defaults") or {}
-    if not isinstance(entries, list) or not entries or not isinstance(defaults, dict):
-        raise UserError(f"{path}: expected a list of runs under 'sweeps:', each with a model_name and its settings")
+    defaults, entries = defaults_and_sweeps(content, path)
     sweeps = []
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict) or not entry.get("model_name"):

@@ -92,7 +92,7 @@ def test_other_scorers_are_refused_and_both_settings_named(tmp_path):
 def test_changed_and_broken_files_are_named(tmp_path):
     path = tmp_path / "A_points.jsonl"
     write_jsonl(path, [row("x") | {"label": "UU"}])
-    with pytest.raises(UserError, match="has the label UU, but its reward 1.0 and cost -1.0 say SH"):
+    with pytest.raises(UserError, match="1: the label is .UU., but reward 1.0 and cost -1.0 say SH"):
         read_points(path)
     write_jsonl(path, [row("x", id="same"), row("y", id="same")])
     with pytest.raises(UserError, match="the id same stands in several rows"):

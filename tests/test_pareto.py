@@ -99,7 +99,9 @@ def test_ratings_with_and_without_details(tmp_path, capsys):
         name: {"ratings": {model: {"rating": one, "low": one - 50, "high": one + 50} for model, one in part.items()}}
         for name, part in ratings.items()
     }
-    write_json(tmp_path / "ratings_details.json", {"dimensions": dimensions})
+    write_json(
+        tmp_path / "ratings_details.json", {"rating": {"method": "elo", "baseline": "A"}, "dimensions": dimensions}
+    )
     assert from_ratings(path, ["b"])[0].y == (1200.0, 1150.0, 1250.0)
     with pytest.raises(UserError, match="has no ratings of c; it has a, b"):
         from_ratings(path, ["c"])

@@ -184,7 +184,7 @@ def test_curves_over_scored_samples_and_time(tmp_path):
     assert es_train == [0, 40, 80, 120, 160]  # nine members and theta itself, four prompts
     assert es_eval == [0, 80, 160]
     assert grpo_train == [0, 10, 20] and grpo_eval == [0, 20]
-    with pytest.raises(UserError, match="no seconds.total; choose another --x"):
+    with pytest.raises(UserError, match="no number as seconds.total; choose another --x"):
         draw_curves(runs, "time")
     rows = [{"kind": "train", "iteration": t, "reward_mean": 0.0, "seconds": {"total": 1800.0}} for t in range(3)]
     write_jsonl(es / "metrics.jsonl", [*rows, {"kind": "eval", "iteration": 3, "reward_mean": 1.0}])

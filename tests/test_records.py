@@ -72,8 +72,9 @@ def test_nan_is_no_json():
         (b'["a"]\n', [":1", "object", "list"]),
         (b'{"prompt": "a"}\n\n{"text": "a"}\n', [":3", "'prompt'", "text"]),
         (b'{"prompt": "\xff"}\n', [":1", "UTF-8"]),
-        (b'{"prompt": "  \\u2028 "}\n', ["row 1", "'prompt'"]),
-        (b'{"prompt": 3}\n', ["row 1", "'prompt'"]),
+        (b'{"prompt": "  \\u2028 "}\n', [":1", "'prompt'"]),
+        (b'{"prompt": "a"}\n\n{"prompt": 3}\n', [":3", "'prompt'"]),
+        (b'{"prompt": "a\\ud800"}\n', [":1", "'prompt'", "\\ud800", "half of a character"]),
         (b"", ["no rows"]),
     ],
 )
@@ -91,7 +92,9 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_prompts_are_kept_as_they_are(tmp_path):
-    rows = [{"prompt": text} for text in ("a\u2028b", " x\x00 ", "\ud800", "é" * 1_000_000, "ASSISTANT: USER:")]
+    rows = [
+        {"prompt": text} for text in ("a\u2028b\u0085", " x\x00 ", "\U0001f600", "é" * 1_000_000, "ASSISTANT: USER:")
+    ]
     write_jsonl(tmp_path / "p.jsonl", rows)
     assert load_prompts(tmp_path / "p.jsonl") == rows
     assert load_prompts(tmp_path / "p.jsonl", limit=2) == rows[:2]

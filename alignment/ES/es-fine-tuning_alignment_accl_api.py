@@ -26,7 +26,7 @@ from alignment.errors import EXIT_USER_ERROR, UserError, run_main
 from alignment.ES.journal import begun_with, check_settings
 from alignment.ES.settings import ESSettings
 from alignment.prompts import draw_rows, text_hash
-from alignment.records import load_prompts
+from alignment.records import check_writable_folder, load_prompts
 
 EXIT_STOPPED = 128  # plus the signal's number, as shells do
 
@@ -39,6 +39,7 @@ def main() -> int:
     train = draw_rows(load_prompts(settings.train_jsonl, settings.prompt_key), settings.train_samples)
     held_out = draw_rows(load_prompts(settings.eval_jsonl, settings.prompt_key), settings.eval_samples)
     folder = Path(settings.experiment_dir)
+    check_writable_folder(folder)
     begun = (folder / "journal.jsonl").exists()
     if begun and not settings.resume:
         raise UserError(f"{folder} holds a run already: give another --experiment_dir, or leave out --resume false")

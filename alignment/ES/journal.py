@@ -57,8 +57,9 @@ def read_journal(path: Path) -> tuple[dict, list[dict]]:
     for number, step in enumerate(rows[1:]):
         if step.get("iteration") != number:
             raise UserError(f"{path}:{number + 2}: expected iteration {number}, found {step.get('iteration')!r}")
-        if not isinstance(step.get("seeds"), list) or not isinstance(step.get("coefficients"), list):
-            raise UserError(f"{path}:{number + 2}: the step has no lists of seeds and coefficients")
+        for key, kind in (("seeds", list), ("coefficients", list), ("lambda_state", dict)):
+            if not isinstance(step.get(key), kind):
+                raise UserError(f"{path}:{number + 2}: the step's {key} is no {kind.__name__}: {step.get(key)!r:.40}")
         _check_step(f"{path}:{number + 2}", step)
     return rows[0], rows[1:]
 

@@ -16,7 +16,8 @@ from typing import Literal
 
 from alignment.config import load_config, setting
 from alignment.errors import UserError, run_main
-from alignment.records import write_json
+from alignment.ES.journal import read_journal
+from alignment.records import check_writable_folder, write_json
 from alignment.runs import atomic_directory
 
 
@@ -36,6 +37,8 @@ class RebuildSettings:
 
 def main() -> None:
     settings = load_config(RebuildSettings, prog="rebuild_checkpoint.py", description=__doc__)
+    check_writable_folder(Path(settings.output).absolute().parent)  # the folder itself appears whole
+    read_journal(Path(settings.journal))
     from alignment.ES.replay import replay
     from alignment.generation import TransformersEngine
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from alignment.config import setting
+from alignment.conversation import check_template
 from alignment.errors import UserError
 
 # What may change between the parts of a run without changing its weights (base weights, prompts and scorer have hashes).
@@ -119,6 +120,7 @@ class ESSettings:
     def __post_init__(self) -> None:
         if not self.policy_model_path:
             raise UserError("--policy_model_path is missing: give it on the command line or in the YAML file")
+        check_template(self.policy_template, "policy_template")
         if self.lambda_min > self.lambda_max:
             raise UserError(f"lambda_min ({self.lambda_min}) is above lambda_max ({self.lambda_max})")
         if self.sigma == 0:

@@ -49,7 +49,7 @@ from alignment.lagrangian import LagrangeMultiplier
 from alignment.objective import MAX_MISSING_SHARE
 from alignment.progress import progress_bar, watched
 from alignment.prompts import iteration_prompts, text_hash
-from alignment.records import finite_or_none, read_json, read_jsonl, to_json, write_json, write_jsonl
+from alignment.records import finite_or_none, read_jsonl, read_object, to_json, write_json, write_jsonl
 from alignment.runs import MetricsLog, StopSignal, atomic_directory
 from alignment.scoring.scores import WaitingScorer
 from alignment.scoring.scores import deciding as deciding_part
@@ -59,15 +59,6 @@ UNPERTURBED = -1  # the member number of theta itself, which lambda and the trai
 
 class _StoppedWaiting(Exception):
     """A signal came while a scoring thread waited for a scorer that is away."""
-
-
-def _iteration_of(checkpoint: Path) -> int:
-    """How many steps a checkpoint has taken. Raises UserError when its trainer_state.json does not say."""
-    path = checkpoint / "trainer_state.json"
-    state = read_json(path) if path.is_file() else None
-    if not isinstance(state, dict) or type(state.get("iteration")) is not int:
-        raise UserError(f"{path} does not say how many steps were taken")
-    return state["iteration"]
 
 
 class ESTrainer:
@@ -172,7 +163,7 @@ class ESTrainer:
         begin = 0
         for checkpoint in sorted((self.folder / "checkpoints").glob("iteration_*"), reverse=True):
             try:
-                saved = _iteration_of(checkpoint)
+                saved = read_object(checkpoint / "trainer_state.json", iteration=int)["iteration"]
                 if saved <= len(self.steps):
                     self.weights.load(checkpoint)
                     begin = saved
@@ -446,7 +437,7 @@ class ESTrainer:
         row |= measures_row(points, self.settings.lambda_cost)
         # The best model first: metrics.jsonl says that an evaluation is done, and a kill must not fall between the two.
         best_file = self.folder / "best" / "trainer_state.json"
-        best = read_json(best_file)["objective"] if best_file.exists() else -np.inf
+        best = read_object(best_file, objective=(int, float))["objective"] if best_file.exists() else -np.inf
         if row["objective"] > best:
             self._save_model(self.folder / "best", t, objective=row["objective"])
         self.metrics.log(row, t)
@@ -458,7 +449,7 @@ class ESTrainer:
     def _save_model(self, final: Path, t: int, **state: float) -> None:
         """theta in Hugging Face layout, float32, with the trainer's state beside it."""
         self.weights.restore()
-        with atomic_directory(final) as folder:
+        with atomic_directory(final, needed=sum(tensor.nbytes for tensor in self.weights.master.values())) as folder:
             self.engine.save_pretrained(folder, self.weights.master)
             if self.settings.lora_rank is not None:  # the model is saved merged; to go on, the adapters are needed
                 save_file(self.weights.master, folder / "es_weights.safetensors")

@@ -25,7 +25,7 @@ from alignment.GRPO.ranks import Stopped, on_any, raise_on_all
 from alignment.GRPO.settings import GRPOSettings
 from alignment.GRPO.trainer import BrokenStep, ConstrainedGRPOTrainer
 from alignment.progress import progress_bar, watched
-from alignment.records import finite_or_none, read_json, read_jsonl, write_json, write_jsonl
+from alignment.records import finite_or_none, read_jsonl, read_object, write_json, write_jsonl
 from alignment.runs import MetricsLog, StopSignal, atomic_directory
 
 # TRL's and transformers' numbers that a step's row has as well, where there are any.
@@ -66,7 +66,9 @@ class Run(TrainerCallback):
         checkpoint = newest_checkpoint(self.folder)
         first = step_of(checkpoint)
         if checkpoint is not None:
-            self.trainer.constraint.multiplier.load_state_dict(read_json(checkpoint / "constraint.json"))
+            self.trainer.constraint.multiplier.load_state_dict(
+                read_object(checkpoint / "constraint.json", value=(int, float), cost_ema=(int, float, type(None)))
+            )
             if self.main:
                 print(f"going on after step {first}", flush=True)
         self.metrics = self._open_metrics(first) if self.main else None
@@ -186,7 +188,7 @@ class Run(TrainerCallback):
                 for point in points[:3]:
                     tqdm.write(f"  {point['label']}  {point['prompt'][:80]!r} -> {point['response'][:120]!r}")
             best = self.folder / "best" / "trainer_state.json"
-            if not best.exists() or row["objective"] > read_json(best)["objective"]:
+            if not best.exists() or row["objective"] > read_object(best, objective=(int, float))["objective"]:
                 self._save_model(self.folder / "best", objective=row["objective"])
 
     def _generate_held_out(self) -> list[Generation]:
@@ -214,7 +216,8 @@ class Run(TrainerCallback):
         """The policy in Hugging Face layout, adapters merged, with the run's state beside it. First process only writes."""
         if not self.main:
             return
-        with atomic_directory(final) as folder:
+        needed = sum(tensor.nbytes for tensor in self.trainer.engine.parameters().values())
+        with atomic_directory(final, needed) as folder:
             self.trainer.engine.save_pretrained(folder)
             lambda_state = self.trainer.constraint.multiplier.state_dict()
             write_json(folder / "trainer_state.json", {"iteration": self._step, "lambda_state": lambda_state, **state})

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from alignment.config import load_config, read_yaml_mapping, setting
+from alignment.conversation import check_template
 from alignment.errors import UserError
 
 # Keys of the published YAML that are gone, and what does their work now.
@@ -129,6 +130,7 @@ class GRPOSettings:
     def __post_init__(self) -> None:
         if not self.model_name:
             raise UserError("--model_name is missing: give it on the command line or in the YAML file")
+        check_template(self.policy_template, "policy_template")
         if self.lambda_min > self.lambda_max:
             raise UserError(f"lambda_min ({self.lambda_min}) is above lambda_max ({self.lambda_max})")
         if self.use_vllm and self.vllm_mode == "server" and not self.vllm_server_base_url:

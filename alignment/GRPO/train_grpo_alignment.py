@@ -32,7 +32,7 @@ from alignment.GRPO.checkpoints import (
 )
 from alignment.GRPO.settings import load_settings
 from alignment.prompts import draw_rows, text_hash
-from alignment.records import load_prompts, write_json
+from alignment.records import check_writable_folder, load_prompts, write_json
 
 EXIT_STOPPED = 128  # plus the signal's number, as shells do
 
@@ -66,6 +66,7 @@ def main() -> int:
     drawn = [row[settings.prompt_key] for row in draw_rows(train_rows, settings.max_samples)]
     held_out = [row[settings.prompt_key] for row in draw_rows(held_out_rows, settings.eval_samples)]
     settings.check_enough(drawn)
+    check_writable_folder(folder)
 
     # torch and the models only now, so that a mistake in the settings is told at once.
     warnings.filterwarnings(

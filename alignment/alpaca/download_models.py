@@ -26,7 +26,7 @@ from alignment.alpaca.pairing import TOKENIZER_FILES
 from alignment.config import load_config, setting
 from alignment.errors import UserError, run_main
 from alignment.model_folder import weight_files
-from alignment.records import atomic_open, read_json, write_json
+from alignment.records import atomic_open, check_writable_folder, read_object, write_json
 
 BASE_REPO = "huggyllama/llama-7b"
 DIFF_REPO = "tatsu-lab/alpaca-7b-wdiff"
@@ -89,7 +89,7 @@ def is_downloaded(target: Path, repo: str, revision: str) -> bool:
     """Whether an earlier run has finished this very download and all its files still have their sizes."""
     if not (target / RECEIPT).is_file():
         return False
-    receipt = read_json(target / RECEIPT)
+    receipt = read_object(target / RECEIPT, repo=str, revision=str, commit=str, files=dict)
     if receipt["repo"] != repo or revision not in (receipt["revision"], receipt["commit"]):
         return False
     return all(
@@ -108,6 +108,7 @@ def choose_files(names: list[str]) -> list[str]:
 
 
 def _download(repo: str, revision: str, target: Path) -> None:
+    check_writable_folder(target)
     from huggingface_hub import HfApi, snapshot_download
 
     try:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from alignment.alpaca.llama_config import EMBEDDINGS, HEAD, LlamaConfig
 from alignment.alpaca.shards import as_bytes
 from alignment.errors import UserError
+from alignment.records import read_object
 
 PUBLISHED_SUM = 50637.1836  # tatsu-lab/stanford_alpaca, weight_diff.py
 PUBLISHED_TOLERANCE = 0.01
@@ -170,12 +171,22 @@ def read_sums(folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     sums = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         match = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line)
         if match is None:
             raise UserError(f"{path}:{number}: expected '<64 hex digits>  <file name>', as sha256sum writes it")
         sums[match[2]] = match[1].lower()
     return sums
+
+
+def read_manifest(path: Path) -> dict:
+    """A recovery's manifest. Raises UserError when its `tensors` are not {name: {file, shape, sha256, sum}}."""
+    manifest = read_object(path, dtype=str, tensors=dict)
+    kinds: dict[str, type | tuple[type, ...]] = {"file": str, "shape": list, "sha256": str, "sum": (int, float)}
+    for name, entry in manifest["tensors"].items():
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
+            raise UserError(f"{path}: {name} lacks one of {', '.join(kinds)}, or it is of another kind; recover again")
+    return manifest
 
 
 def damaged_tensors(folder: Path, tensors: dict[str, dict]) -> list[str]:

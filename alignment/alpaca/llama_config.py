@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import UserError
-from alignment.records import read_json
+from alignment.records import read_object
 
 EMBEDDINGS = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -72,12 +72,13 @@ class LlamaConfig:
 def read_llama_config(folder: Path) -> LlamaConfig:
     """The folder's config.json. Raises UserError naming the key when it is not a LLaMA's or a value is of the wrong kind."""
     path = folder / "config.json"
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("model_type") != "llama":
-        found = content.get("model_type") if isinstance(content, dict) else content
-        raise UserError(f"{path}: model_type is {found!r}, expected 'llama'")
+    content = read_object(path)
+    if content.get("model_type") != "llama":
+        raise UserError(f"{path}: model_type is {content.get('model_type')!r}, expected 'llama'")
     # transformers 5 writes both rope settings into one entry.
     rope = content.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters is {rope!r}, expected what a LLaMA model has there")
     scaled = rope if rope.get("rope_type", "default") != "default" else None
     values: dict[str, Any] = {"rope_theta": rope.get("rope_theta"), "rope_scaling": scaled}
     values |= {field.name: content[field.name] for field in fields(LlamaConfig) if content.get(field.name) is not None}

@@ -24,7 +24,7 @@ from pathlib import Path
 from alignment.alpaca.llama_config import EMBEDDINGS, HEAD, LlamaConfig
 from alignment.alpaca.shards import FLOATS, WeightFolder
 from alignment.errors import UserError
-from alignment.records import read_json
+from alignment.records import read_object
 
 ROTARY = "rotary_emb.inv_freq"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
@@ -101,9 +101,9 @@ def pad_token(folder: Path) -> str | None:
     """The pad token that the folder's tokenizer names, or None."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / file).is_file():
-            token = read_json(folder / file).get("pad_token")
+            token = read_object(folder / file).get("pad_token")
             if token is not None:
-                return token["content"] if isinstance(token, dict) else token
+                return token.get("content") if isinstance(token, dict) else token
     return None
 
 

@@ -35,6 +35,7 @@ from alignment.alpaca.integrity import (
     SumCheck,
     differing_tensors,
     published_check,
+    read_manifest,
 )
 from alignment.alpaca.llama_config import HEAD, read_llama_config
 from alignment.alpaca.pairing import Pair, pair_tensors
@@ -114,7 +115,7 @@ def recover(settings: Settings) -> Path:
         return _judge(settings, published_check(order, sums, config, settings.expected_sum), tensors, reference)
 
     if is_finished(final, plan, settings.overwrite):
-        judge(read_json(final / MANIFEST)["tensors"])
+        judge(read_manifest(final / MANIFEST)["tensors"])
         print(f"{final}: already recovered from these files with these settings")
         return final
 
@@ -266,9 +267,7 @@ def _write_shards(
 def _read_reference(settings: Settings) -> dict | None:
     if settings.reference_manifest is None:
         return None
-    reference = read_json(settings.reference_manifest)
-    if not isinstance(reference, dict) or "tensors" not in reference:
-        raise UserError(f"{settings.reference_manifest}: not a {MANIFEST}")
+    reference = read_manifest(Path(settings.reference_manifest))
     if reference["dtype"] != settings.dtype:
         raise UserError(
             f"{settings.reference_manifest}: is of a recovery in {reference['dtype']}, this one is in {settings.dtype}: "

@@ -83,6 +83,8 @@ class _BinFile:
             raise UserError(
                 f"{file}: damaged, or saved by a torch older than 1.6 ({reason}): download it again"
             ) from error
+        if not isinstance(self._tensors, dict):
+            raise UserError(f"{file}: holds a {type(self._tensors).__name__}, expected tensors by name")
         for name, value in self._tensors.items():
             if not isinstance(value, torch.Tensor):
                 raise UserError(f"{file}: {name} is a {type(value).__name__}, expected tensors only")

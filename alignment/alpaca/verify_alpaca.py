@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 
-from alignment.alpaca.integrity import MANIFEST, damaged_tensors
+from alignment.alpaca.integrity import MANIFEST, damaged_tensors, read_manifest
 from alignment.config import load_config, setting
 from alignment.conversation import get_template
 from alignment.errors import UserError, run_main
 from alignment.generation import TransformersEngine
-from alignment.records import read_json
 
 TEMPLATES = ("alpaca", "pku")
 
@@ -69,7 +68,7 @@ def file_findings(folder: Path) -> list[str]:
     if not (folder / MANIFEST).is_file():
         print(f"{folder}: no {MANIFEST}, so the files have nothing to be compared with")
         return []
-    tensors = read_json(folder / MANIFEST)["tensors"]
+    tensors = read_manifest(folder / MANIFEST)["tensors"]
     findings = damaged_tensors(folder, tensors)
     print(f"files: {len(tensors) - len(findings)} of {len(tensors)} tensors as in {MANIFEST}")
     return findings

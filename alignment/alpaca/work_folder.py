@@ -15,7 +15,7 @@ from pathlib import Path
 
 from alignment.alpaca.integrity import MANIFEST, damaged_tensors
 from alignment.errors import UserError
-from alignment.records import JsonlWriter, fsync_folder, read_json, read_jsonl
+from alignment.records import JsonlWriter, fsync_folder, read_jsonl, read_object
 
 PROGRESS = "recovery_progress.jsonl"
 LOCK = ".lock"
@@ -52,7 +52,8 @@ def finished_shards(work: Path, plan: dict) -> dict[str, dict]:
     if path.is_file():
         JsonlWriter(path).close()  # heals a torn last line
         rows = read_jsonl(path)
-    if rows and rows[0].get("plan") != plan:
+    edited = not all(isinstance(row.get("shard"), str) and isinstance(row.get("tensors"), dict) for row in rows[1:])
+    if rows and (rows[0].get("plan") != plan or edited):
         print(f"{work}: left by a recovery from other files or with other settings, beginning again")
         rows = []
     done = {}
@@ -82,7 +83,7 @@ def is_finished(final: Path, plan: dict, overwrite: bool) -> bool:
         raise UserError(f"{final}: is a file, expected a folder or nothing: choose another --path_tuned") from error
     if not content or overwrite:
         return False
-    if (final / MANIFEST).is_file() and read_json(final / MANIFEST).get("plan") == plan:
+    if (final / MANIFEST).is_file() and read_object(final / MANIFEST).get("plan") == plan:
         missing = [file for file in plan["shards"] if not (final / file).is_file()]
         if not missing:
             return True

@@ -20,7 +20,7 @@ from alignment.evaluation.classify_settings import ClassifySettings
 from alignment.evaluation.policies import open_policy
 from alignment.generation import Engine, Generation, TransformersEngine
 from alignment.progress import progress_bar
-from alignment.records import JsonlWriter, read_jsonl, write_jsonl
+from alignment.records import JsonlWriter, read_jsonl, read_numbered, write_jsonl
 
 
 def generate_answers(config: ClassifySettings, rows: list[dict], path: Path) -> dict:
@@ -123,17 +123,20 @@ def _as_record(answer: Generation) -> dict:
 
 def _saved_answers(path: Path, settings: dict) -> dict[str, dict] | None:
     """id -> answer from a file that an earlier run began; None when there is nothing yet."""
-    lines = read_jsonl(path)
+    lines = read_numbered(path)
     if not lines:
         return None
-    found, answers = lines[0], lines[1:]
+    (_, found), answers = lines[0], lines[1:]
     for key, value in settings.items():
         if found.get(key) != value:
             raise UserError(
                 f"{path} was generated with {key} {found.get(key)!r}, now it is {value!r}; "
                 "remove the file, or give another --model_name or --output_dir"
             )
-    return {row["id"]: {key: value for key, value in row.items() if key != "id"} for row in answers}
+    for where, row in answers:
+        if missing := [key for key in ("id", "response", "finished", "cut", "num_tokens") if key not in row]:
+            raise UserError(f"{where}: an answer without '{missing[0]}'; remove the line, it is generated again")
+    return {row["id"]: {key: value for key, value in row.items() if key != "id"} for _, row in answers}
 
 
 def _free_gpu() -> None:

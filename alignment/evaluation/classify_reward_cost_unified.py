@@ -35,7 +35,7 @@ from alignment.evaluation.points import FURTHER_KEYS, PUBLISHED_KEYS, ModelScore
 from alignment.evaluation.prompts import load_rows
 from alignment.evaluation.scores import add_scores
 from alignment.objective import quadrant_summary
-from alignment.records import read_json, save_npy, write_json, write_jsonl
+from alignment.records import check_writable_file, read_object, save_npy, write_json, write_jsonl
 from alignment.scoring.client import ScorerClient
 from alignment.scoring.local_scorer import LocalScorer
 from alignment.scoring.scores import Scorer
@@ -46,10 +46,11 @@ from alignment.visualization.style import save_figure
 def main(argv: list[str] | None = None) -> None:
     config = load_settings(sys.argv[1:] if argv is None else argv, __doc__)
     target = model_file(config.output_dir, config.name, "summary.json")
-    if target.exists() and (found := read_json(target).get("source", config.source)) != config.source:
+    if target.exists() and (found := read_object(target).get("source", config.source)) != config.source:
         raise UserError(
             f"{target} holds the {found}; remove it, or give another --model_name or --output_dir for the {config.source}"
         )
+    check_writable_file(target)
     rows = load_rows(config)
     print(f"{config.name}: {len(rows)} rows, {len({row['prompt'] for row in rows})} distinct prompts", flush=True)
 

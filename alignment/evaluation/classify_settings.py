@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from alignment.config import load_config, setting
+from alignment.conversation import check_template
 from alignment.errors import UserError
 from alignment.evaluation.points import DEFAULT_FOLDER
 from alignment.evaluation.sweeps import sweep_arguments
@@ -71,6 +72,8 @@ class ClassifySettings:
             raise UserError("--journal and --policy_vllm_ckpt: give one, each replaces the policy's weights")
         if self.journal:
             parse_journal(self.journal)
+        for key in ("policy_template", "scorer_template"):
+            check_template(getattr(self, key), key)
         if self.device == "auto":
             import torch  # slow to import, and nothing else here needs it
 

@@ -26,7 +26,7 @@ from alignment.errors import UserError, run_main
 from alignment.evaluation.measures import estimate_means, paired_differences, prompt_groups, score_arrays
 from alignment.evaluation.points import DEFAULT_FOLDER, model_file, model_name_of, read_points, read_summary
 from alignment.objective import QUADRANTS
-from alignment.records import atomic_open, write_json
+from alignment.records import atomic_open, check_writable_file, write_json
 from alignment.scoring.client import difference
 from alignment.scoring.scores import deciding
 
@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     if argv and not argv[0].startswith("-"):
         argv = ["--models", *argv]
     config = load_config(Config, argv, prog="compare_models.py", description=__doc__)
+    output = Path(config.output) if config.output else Path(config.data_dir) / "comparison"
+    check_writable_file(f"{output}.json")
     paths = [_points_path(name, config.data_dir) for name in config.models]
     names = _names(paths)
     require_same_scorer(paths)
@@ -61,7 +63,6 @@ def main(argv: list[str] | None = None) -> None:
         comparisons.append({"before": names[0], "after": name} | comparison)
         texts.append(as_markdown(comparison, names[0], name))
     text = "\n".join(texts)
-    output = Path(config.output) if config.output else Path(config.data_dir) / "comparison"
     files = {name: str(path) for name, path in zip(names, paths, strict=True)}
     with atomic_open(f"{output}.md") as file:
         file.write(text)

@@ -47,14 +47,15 @@ from alignment.evaluation.judging.store import (
     decided_by_key,
     last_outcomes,
     read_judgments,
+    read_records,
     verdicts_of,
 )
 from alignment.evaluation.judging.tasks import Answers, Task, choose_prompts, make_tasks, points_files, read_answers
 from alignment.evaluation.judging.verdict import Verdict
 from alignment.evaluation.points import DEFAULT_FOLDER, model_file, models_in
-from alignment.records import read_jsonl, write_json
+from alignment.records import check_writable_file, write_json
 from alignment.visualization.plot_gpt_elo_figure import details_path, draw_ratings, intervals_of
-from alignment.visualization.style import save_figure
+from alignment.visualization.style import check_figure, save_figure
 
 OUTPUTS = "alignment/outputs/gpt_elo"
 DEFAULT_JUDGE = "gpt-4.1-mini"  # published
@@ -111,8 +112,6 @@ class Config:
         prefix = "scorer" if self.judge == "scorer" else "gpt_elo"
         self.ratings_out = self.ratings_out or f"{OUTPUTS}/{prefix}_ratings.json"
         self.plot_out = self.plot_out or f"{OUTPUTS}/{prefix}_scatter.png"
-        if Path(self.plot_out).suffix.lower() not in (".png", ".pdf"):
-            raise UserError(f"--plot_out {self.plot_out}: a figure's name must end in .png or .pdf")
         if self.judgments_in and (self.judge == "scorer" or self.dry_run):
             raise UserError("--judgments_in only rates what is there: it does not go with --judge scorer or --dry_run")
         if self.judge == "scorer" and self.dry_run:
@@ -137,6 +136,9 @@ class Evidence:
 def main(argv: list[str] | None = None) -> int:
     refuse_key_in_arguments(sys.argv[1:] if argv is None else argv)
     config = load_config(Config, argv, prog="gpt_elo_eval.py", description=__doc__)
+    assert config.ratings_out and config.plot_out  # Config gave them names
+    check_figure(config.plot_out)
+    check_writable_file(config.ratings_out)
     if config.judgments_in:
         evidence: Evidence | None = from_file(config, config.judgments_in)
     elif config.judge == "scorer":
@@ -190,7 +192,7 @@ def from_endpoint(config: Config) -> Evidence | None:
     price = find_price(judge, config.price_in, config.price_out)
     path = Path(config.judgments_out)
     if config.dry_run:
-        print_plan(config, tasks, read_jsonl(path) if path.exists() else [], price)
+        print_plan(config, tasks, read_records(path) if path.exists() else [], price)
         return None
     client = JudgeClient(
         judge,

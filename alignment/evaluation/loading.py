@@ -83,6 +83,7 @@ def _dataset_rows(name: str, configuration: str, split: str) -> list[dict]:
     """From the hub or a folder in the hub's layout. A data set with one unnamed configuration ignores `configuration`."""
     _need_datasets(name)
     from datasets import get_dataset_config_names, load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
         configurations = get_dataset_config_names(name)
@@ -90,8 +91,9 @@ def _dataset_rows(name: str, configuration: str, split: str) -> list[dict]:
         if chosen is None and configurations != ["default"]:
             raise UserError(f"{name} has no configuration '{configuration}'; it has {', '.join(configurations)}")
         return load_dataset(name, chosen, split=split).to_list()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot load {name}, split '{split}': {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = error.__cause__ or error  # of rows that cannot be read the error itself says no more than that
+        raise UserError(f"cannot load {name}, split '{split}': {' '.join(str(reason).split())}") from error
 
 
 def _need_datasets(data: str | Path) -> None:

@@ -18,13 +18,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
-from alignment.errors import UserError
+from alignment.errors import UserError, first_line
 from alignment.evaluation.measures import score_arrays
 from alignment.objective import quadrant_labels
-from alignment.records import read_json, read_jsonl
+from alignment.records import read_numbered, read_object
 
 PUBLISHED_KEYS = ("prompt", "response", "reward", "cost", "label")
 FURTHER_KEYS = ("id", "finished", "cut", "raw", "num_tokens", "truncated", "error", "categories", "log_prob_base")
@@ -72,33 +73,62 @@ def read_points(path: str | Path) -> list[dict]:
 
     Raises UserError for a row that lacks a published key, whose label does not follow from its scores, or whose id repeats.
     """
-    rows = read_jsonl(path, required=PUBLISHED_KEYS)
-    if not rows:
+    numbered = read_numbered(path, required=PUBLISHED_KEYS)
+    if not numbered:
         raise UserError(f"{path} has no rows; classify a model first (classify_reward_cost_unified.py)")
-    for row, computed in zip(rows, prompt_ids([_text(row, "prompt", path) for row in rows]), strict=True):
-        _text(row, "response", path)
+    for where, row in numbered:
+        check_answer(row, where)
+        for key in ("reward", "cost"):
+            _check_kind(row, key, "a number or null", where)
+    rows = [row for _, row in numbered]
+    for row, computed in zip(rows, prompt_ids(row["prompt"] for row in rows), strict=True):
         if not isinstance(row.get("id"), str):
             row["id"] = computed
     repeated = [name for name, count in Counter(row["id"] for row in rows).items() if count > 1]
     if repeated:
         raise UserError(f"{path}: the id {repeated[0]} stands in several rows; classify again to mend the file")
-    try:
-        rewards, costs = score_arrays(rows)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: reward and cost must be numbers or null ({error})") from error
-    for row, label, reward in zip(rows, quadrant_labels(rewards, costs), rewards, strict=True):
+    rewards, costs = score_arrays(rows)
+    for (where, row), label, reward in zip(numbered, quadrant_labels(rewards, costs), rewards, strict=True):
         if np.isfinite(reward) and row["label"] != label:
             raise UserError(
-                f"{path}: row {row['id']} has the label {row['label']}, but its reward {row['reward']} and cost {row['cost']} "
+                f"{where}: the label is {row['label']!r:.40}, but reward {row['reward']} and cost {row['cost']} "
                 f"say {label}; the file was changed by hand, classify again"
             )
     return rows
 
 
+def check_answer(row: dict, where: str) -> None:
+    """Raises UserError naming `where` and the key when prompt or response is no text, or what else is told is of another kind."""
+    for key in ("prompt", "response"):
+        if not isinstance(row[key], str):
+            raise UserError(f"{where}: '{key}' must be text, got {row[key]!r:.60}")
+    for key in ("finished", "cut", "truncated"):
+        _check_kind(row, key, "true or false", where)
+    for key in ("num_tokens", "log_prob_base"):
+        _check_kind(row, key, "a number or null", where)
+    _check_kind(row, "categories", "a list of texts", where)
+
+
+def _check_kind(row: dict, key: str, wanted: str, where: str) -> None:
+    value = row.get(key)
+    fits = {
+        "true or false": isinstance(value, bool),
+        "a number or null": type(value) in (int, float),
+        "a list of texts": isinstance(value, list) and all(isinstance(one, str) for one in value),
+    }
+    if value is not None and not fits[wanted]:
+        raise UserError(f"{where}: '{key}' must be {wanted}, got {value!r:.60}")
+
+
 def read_summary(points_path: str | Path) -> dict | None:
-    """The `_summary.json` beside a points file, None if there is none."""
+    """The `_summary.json` beside a points file, None if there is none. Raises UserError for what is no summary."""
     path = summary_path(points_path)
-    return read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    summary = read_object(path)
+    if not isinstance(summary.get("scorer", {}), dict):
+        raise UserError(f"{path}: 'scorer' must be an object, got {summary['scorer']!r:.60}; classify the model again")
+    return summary
 
 
 def summary_path(points_path: str | Path) -> Path:
@@ -154,14 +184,11 @@ def models_in(folder: str | Path) -> list[str]:
 def _load_array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is not a plain .npy array of numbers ({error})") from error
+    except (OSError, ValueError, EOFError, BadZipFile, MemoryError) as error:
+        # MemoryError: a damaged header asks for more than there is
+        raise UserError(f"{path} is not a plain .npy array of numbers ({first_line(error)})") from error
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path} is an archive of arrays (.npz), expected one plain .npy array")
     if array.ndim != 1 or array.dtype.kind != "f":
         raise UserError(f"{path}: expected a 1-D array of floats, found shape {array.shape} of {array.dtype}")
     return array.astype(np.float64)
-
-
-def _text(row: dict, key: str, path: str | Path) -> str:
-    if not isinstance(row[key], str):
-        raise UserError(f"{path}: '{key}' must be text, got {row[key]!r:.60}")
-    return row[key]

@@ -14,8 +14,8 @@ import numpy as np
 from alignment.errors import UserError
 from alignment.evaluation.classify_settings import ClassifySettings
 from alignment.evaluation.loading import load_split
-from alignment.evaluation.points import prompt_ids
-from alignment.records import load_prompts, read_jsonl
+from alignment.evaluation.points import check_answer, prompt_ids
+from alignment.records import check_prompt, check_text, load_prompts, read_numbered
 
 DEFAULT_PROMPTS = "alignment/data/custom_eval_500.jsonl"
 CARRIED = ("id", "finished", "raw", "cut", "num_tokens")  # what a given response may bring along
@@ -24,7 +24,7 @@ CARRIED = ("id", "finished", "raw", "cut", "num_tokens")  # what a given respons
 def load_rows(config: ClassifySettings) -> list[dict]:
     """Rows in the order of the results. Raises UserError naming file and key when the data lack what is asked of them."""
     if config.responses_from:
-        data, place = read_jsonl(config.responses_from, required=("prompt", "response")), config.responses_from
+        data, place = given_answers(config.responses_from), config.responses_from
     elif config.from_jsonl or not config.dataset_name:
         place = config.from_jsonl or DEFAULT_PROMPTS
         if not Path(place).exists():
@@ -33,10 +33,10 @@ def load_rows(config: ClassifySettings) -> list[dict]:
     else:
         place = config.dataset_name
         data = load_split(place, config.dataset_config, config.split, required=("prompt",))
+        for number, row in enumerate(data, start=1):
+            check_prompt(row["prompt"], f"{place}: row {number}: 'prompt'")
     if not data:
         raise UserError(f"{place} has no rows; expected one prompt a row")
-    for number, row in enumerate(data, start=1):
-        check_text(row["prompt"], f"{place}: row {number}: 'prompt'")
     data = _sample(data, config)
     if config.repeated_prompts == "once":
         first: dict[str, dict] = {}
@@ -46,7 +46,7 @@ def load_rows(config: ClassifySettings) -> list[dict]:
     if config.policy_model_path:
         rows = [{"prompt": row["prompt"]} | _categories(row, ("response_0", "response_1")) for row in data]
     elif config.responses_from:
-        rows = [_given(row, place) for row in data]
+        rows = [_given(row) for row in data]
     else:
         return _own_responses(data, place)
     for row, name in zip(rows, prompt_ids(row["prompt"] for row in rows), strict=True):
@@ -71,13 +71,18 @@ def _from_hub(config: ClassifySettings) -> bool:
     return bool(config.dataset_name) and not config.from_jsonl
 
 
-def _given(row: dict, place: str) -> dict:
-    check_text(row["response"], f"{place}: 'response' to {row['prompt']!r:.40}")
+def given_answers(path: str) -> list[dict]:
+    """Rows with prompt and response, as `--responses_from` takes them. Raises UserError with file and line."""
+    rows = read_numbered(path, required=("prompt", "response"))
+    for where, row in rows:
+        check_answer(row, where)
+        for key in ("prompt", "response"):
+            check_text(row[key], f"{where}: '{key}'")
+    return [row for _, row in rows]
+
+
+def _given(row: dict) -> dict:
     kept = {key: row[key] for key in CARRIED if row.get(key) is not None}
-    if not isinstance(kept.get("finished", True), bool):
-        raise UserError(
-            f"{place}: 'finished' must be true or false, got {kept['finished']!r:.40} ({row['prompt']!r:.40})"
-        )
     categories = (
         {"categories": row["categories"]} if "categories" in row else _categories(row, ("response_0", "response_1"))
     )
@@ -98,18 +103,6 @@ def _own_responses(data: list[dict], place: str) -> list[dict]:
             own = {"prompt": row["prompt"], "id": f"{name}-r{key[-1]}", "response": row[key], "finished": True}
             rows.append(own | _categories(row, (key,)))
     return rows
-
-
-def check_text(value: object, where: str) -> None:
-    """Half of a surrogate pair is a character for JSON and for Python, but no tokenizer can read it."""
-    if not isinstance(value, str):
-        raise UserError(f"{where} must be text, got {value!r:.40}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where} holds {value[error.start]!a}, half of a character; mend or remove that row"
-        ) from error
 
 
 def _categories(row: dict, responses: Iterable[str]) -> dict:

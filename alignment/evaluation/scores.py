@@ -15,9 +15,10 @@ import numpy as np
 from alignment.errors import UserError
 from alignment.objective import MAX_MISSING_SHARE, quadrant_labels
 from alignment.progress import progress_bar
-from alignment.records import JsonlWriter, finite_or_none, read_jsonl
+from alignment.records import JsonlWriter, finite_or_none, read_numbered
 from alignment.scoring.scores import Scorer, Scores, deciding
 
+CHUNK_KEYS = ("rewards", "costs", "errors", "truncated")
 BATCHES_A_CHUNK = 8  # several batches a call, so that a scorer in this process can form its own
 
 
@@ -32,11 +33,16 @@ def add_scores(rows: list[dict], scorer: Scorer, batch_size: int, saved: Path) -
     begun = {"scorer": deciding(scorer.identity()), "batch_size": batch_size, "rows": digest.hexdigest()}
     size = BATCHES_A_CHUNK * batch_size
     JsonlWriter(saved).close()  # heals a torn last line
-    lines = read_jsonl(saved)
+    numbered = read_numbered(saved)
+    lines = [row for _, row in numbered]
     if lines and lines[0] != begun:
         print(f"{saved} holds scores of other texts or of another scorer: all rows are scored anew", flush=True)
         saved.unlink()
         lines = []
+    for where, chunk in numbered[1:] if lines else ():
+        columns_of_chunk = [chunk.get(key) for key in CHUNK_KEYS]
+        if type(chunk.get("start")) is not int or any(not isinstance(one, list) for one in columns_of_chunk):
+            raise UserError(f"{where}: not a chunk of scores; remove {saved}, all rows are then scored anew")
     done = {chunk["start"]: chunk for chunk in lines[1:]}
     known = sum(len(chunk["rewards"]) for chunk in done.values())
     if known:

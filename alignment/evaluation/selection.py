@@ -27,8 +27,7 @@ from pathlib import Path
 
 from alignment.errors import UserError
 from alignment.evaluation.loading import SAMPLE, load_split
-from alignment.evaluation.prompts import check_text
-from alignment.records import atomic_open, write_json
+from alignment.records import atomic_open, check_text, write_json
 
 _KINDS = {"response_{}": str, "is_response_{}_safe": bool, "response_{}_harm_category": dict}
 SCHEMA = {"prompt": str} | {key.format(i): kind for key, kind in _KINDS.items() for i in (0, 1)}

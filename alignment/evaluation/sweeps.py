@@ -23,14 +23,7 @@ def sweep_arguments(path: str | Path, which: str, config_class: type) -> list[st
 
     Raises UserError, which names file and entry, when there is no such entry or a key is not a setting of `config_class`.
     """
-    content = read_yaml_mapping(path)
-    for key in content:
-        if key not in ("defaults", "sweeps"):
-            raise UserError(f"{path}: unknown key '{key}'{nearest(str(key), ('defaults', 'sweeps'))}")
-    sweeps = content.get("sweeps") or []
-    if not isinstance(sweeps, list) or not sweeps:
-        raise UserError(f"{path}: expected a list of runs under 'sweeps:', each with a model_name and its settings")
-    defaults = _mapping(content.get("defaults") or {}, f"{path}: defaults")
+    defaults, sweeps = defaults_and_sweeps(read_yaml_mapping(path), path)
     entry, where = _find(path, sweeps, which)
     settings = {**defaults, **_mapping(entry, where)}
     _check_files_differ(path, [{**defaults, **one} for one in sweeps if isinstance(one, dict)])
@@ -44,6 +37,17 @@ def sweep_arguments(path: str | Path, which: str, config_class: type) -> list[st
         text = str(value).lower() if isinstance(value, bool) else "none" if value is None else str(value)
         arguments.append(f"--{key}={text}")
     return arguments
+
+
+def defaults_and_sweeps(content: dict, path: str | Path) -> tuple[dict, list]:
+    """The two parts of a sweep file's content. Raises UserError naming `path` when it has others or they are of another kind."""
+    for key in content:
+        if key not in ("defaults", "sweeps"):
+            raise UserError(f"{path}: unknown key '{key}'{nearest(str(key), ('defaults', 'sweeps'))}")
+    sweeps = content.get("sweeps") or []
+    if not isinstance(sweeps, list) or not sweeps:
+        raise UserError(f"{path}: expected a list of runs under 'sweeps:', each with a model_name and its settings")
+    return _mapping(content.get("defaults") or {}, f"{path}: defaults"), sweeps
 
 
 def _check_files_differ(path: str | Path, runs: list[dict]) -> None:

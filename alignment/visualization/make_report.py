@@ -25,7 +25,7 @@ from alignment.errors import UserError, run_main
 from alignment.evaluation.compare_models import comparison_table, scorer_of
 from alignment.evaluation.measures import MEASURES
 from alignment.evaluation.points import DEFAULT_FOLDER, model_file, models_in, prompt_ids
-from alignment.records import atomic_open
+from alignment.records import atomic_open, check_writable_file
 from alignment.scoring.client import difference
 from alignment.visualization.inputs import has_scores
 from alignment.visualization.report import answers, judge
@@ -64,6 +64,7 @@ class Config:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     config = load_config(Config, argv, prog="make_report.py", description=__doc__)
+    check_writable_file(config.output)
     command = shlex.join(["python", "alignment/visualization/make_report.py", *argv])
     data, texts = collect(config, command)
     with atomic_open(config.output) as file:
@@ -170,11 +171,13 @@ def provenance(config: Config, models: Sequence[ModelAnswers], runs: Sequence[Ru
     for model in models:
         path = model_file(config.data_dir, model.name, "summary.json")
         if path.exists():
-            parts.append({"title": f"{model.name}: {path}", "text": path.read_text(encoding="utf-8")})
+            parts.append({"title": f"{model.name}: {path}", "text": path.read_text(encoding="utf-8", errors="replace")})
     for run in runs:
         for path in (run.folder / name for name in RUN_FILES):
             if path.exists():
-                parts.append({"title": f"{run.name}: {path}", "text": path.read_text(encoding="utf-8")})
+                parts.append(
+                    {"title": f"{run.name}: {path}", "text": path.read_text(encoding="utf-8", errors="replace")}
+                )
     return parts
 
 

@@ -9,6 +9,7 @@ drawn without them. The grey bands are ratings below the baseline's 1000; `--ord
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from matplotlib.figure import Figure
 
 from alignment.config import load_config, setting
 from alignment.errors import UserError, run_main
-from alignment.records import read_json
+from alignment.records import read_json, read_object
 from alignment.visualization.style import (
     COLUMN_WIDTH,
+    check_figure,
     label_points,
     model_colours,
     new_figure,
@@ -55,6 +57,7 @@ class Config:
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(Config, argv, prog="plot_gpt_elo_figure.py", description=__doc__)
+    check_figure(config.outfile)
     ratings = load_ratings(config.ratings)
     details = load_details(config.ratings, ratings)
     names = read_json(config.name_map) if config.name_map else {}
@@ -87,7 +90,9 @@ def load_ratings(path: str | Path) -> RatingTable:
     table = read_json(path)
     for dimension in ("helpfulness", "harmlessness"):
         part = table.get(dimension) if isinstance(table, dict) else None
-        if not isinstance(part, dict) or not all(type(value) in (int, float) for value in part.values()):
+        if not isinstance(part, dict) or not all(
+            type(value) in (int, float) and math.isfinite(value) for value in part.values()
+        ):
             raise UserError(
                 f"{path}: expected '{dimension}' with a rating for each model; gpt_elo_eval.py writes such a file"
             )
@@ -102,11 +107,20 @@ def load_details(ratings_path: str | Path, ratings: RatingTable) -> dict | None:
     if not path.exists():
         print(f"note: no {path.name} beside the ratings, so the figure has no intervals", file=sys.stderr)
         return None
-    details = read_json(path)
-    told = {
-        dimension: {model: one["rating"] for model, one in part["ratings"].items()}
-        for dimension, part in details["dimensions"].items()
-    }
+    details = read_object(path)
+    try:
+        told = {
+            dimension: {model: one["rating"] for model, one in part["ratings"].items()}
+            for dimension, part in details["dimensions"].items()
+        }
+        method, spans = details["rating"], intervals_of(details)
+        fits = isinstance(method["method"], str) and isinstance(method["baseline"], str)
+        ends = [end for part in spans.values() for span in part.values() if span for end in span]
+        fits = fits and all(type(end) in (int, float) and math.isfinite(end) for end in ends)
+    except (KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError(f"{path}: not the details that gpt_elo_eval.py writes; remove the file, or rate again")
     if told != ratings:
         print(f"note: {path} belongs to other ratings, so the figure has no intervals", file=sys.stderr)
         return None

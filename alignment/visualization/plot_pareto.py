@@ -30,6 +30,7 @@ from alignment.visualization.inputs import load_models
 from alignment.visualization.plot_gpt_elo_figure import intervals_of, load_details, load_ratings
 from alignment.visualization.style import (
     COLUMN_WIDTH,
+    check_figure,
     label_points,
     model_colours,
     new_figure,
@@ -72,6 +73,7 @@ class Candidate:
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(Config, argv, prog="plot_pareto.py", description=__doc__)
+    check_figure(config.output)
     if config.ratings:
         candidates, axes = from_ratings(Path(config.ratings), config.models), RATING_AXES
     else:

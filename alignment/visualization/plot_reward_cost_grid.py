@@ -30,6 +30,7 @@ from alignment.visualization.style import (
     PAGE_WIDTH,
     QUADRANT_NAMES,
     QUADRANT_SHADES,
+    check_figure,
     model_colours,
     new_figure,
     paper_style,
@@ -60,6 +61,7 @@ class Config:
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(Config, argv, prog="plot_reward_cost_grid.py", description=__doc__)
+    check_figure(config.output)
     models = load_models(config.data_dir, config.models)
     save_figure(draw_grid(models, config.xlim, config.ylim), config.output)
     print(config.output)

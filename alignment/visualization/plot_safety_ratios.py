@@ -23,7 +23,15 @@ from alignment.evaluation.measures import Estimate, estimate_means
 from alignment.evaluation.points import DEFAULT_FOLDER, ModelScores
 from alignment.objective import quadrant_labels
 from alignment.visualization.inputs import load_models
-from alignment.visualization.style import COLUMN_WIDTH, model_colours, new_figure, paper_style, save_figure, short_name
+from alignment.visualization.style import (
+    COLUMN_WIDTH,
+    check_figure,
+    model_colours,
+    new_figure,
+    paper_style,
+    save_figure,
+    short_name,
+)
 
 BAR = 0.36  # height, of 1 between two models
 
@@ -37,6 +45,7 @@ class Config:
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(Config, argv, prog="plot_safety_ratios.py", description=__doc__)
+    check_figure(config.output)
     models = load_models(config.data_dir, config.models)
     save_figure(draw_ratios(models), config.output)
     print(config.output)

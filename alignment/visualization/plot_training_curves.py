@@ -29,6 +29,7 @@ from alignment.errors import UserError, run_main
 from alignment.visualization.style import (
     PAGE_WIDTH,
     QUADRANT_SHADES,
+    check_figure,
     model_colours,
     new_figure,
     paper_style,
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv and not argv[0].startswith("-"):
         argv = ["--runs", *argv]
     config = load_config(Config, argv, prog="plot_training_curves.py", description=__doc__)
+    check_figure(config.output)
     save_figure(draw_curves(load_runs(config.runs, config.labels), config.x), config.output)
     print(config.output)
 

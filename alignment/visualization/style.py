@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from alignment.errors import UserError
-from alignment.records import atomic_open
+from alignment.records import atomic_open, check_writable_file
 
 COLUMN_WIDTH, PAGE_WIDTH = 3.4, 7.0  # inches: one and two columns of a conference paper
 MAX_NAME = 34  # characters of a name that fit beside a legend's key
@@ -140,12 +140,18 @@ def label_points(panel: Axes, points: Sequence[tuple[float, float, str]], bars: 
         covered = np.concatenate([covered, grid.reshape(-1, 2)])
 
 
+def check_figure(path: str | Path) -> None:
+    """Raises UserError when no figure can be written under this name. Scripts ask it before they read anything."""
+    if Path(path).suffix.lower() not in (".png", ".pdf"):
+        raise UserError(f"{path}: a figure's name must end in .png or .pdf")
+    check_writable_file(path)
+
+
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Writes a PNG or a PDF, by the ending of `path`, whole or not at all. Raises UserError for another ending."""
     path = Path(path)
+    check_figure(path)
     kind = path.suffix.lower().removeprefix(".")
-    if kind not in ("png", "pdf"):
-        raise UserError(f"{path}: a figure's name must end in .png or .pdf")
     metadata = {"CreationDate": None} if kind == "pdf" else {}  # the only thing that would differ from run to run
     with paper_style(), atomic_open(path, "wb") as file:
         figure.savefig(file, format=kind, metadata=metadata)

@@ -10,7 +10,7 @@ import numpy as np
 
 from alignment.config import read_yaml_mapping
 from alignment.errors import UserError
-from alignment.records import read_jsonl
+from alignment.records import read_numbered
 
 PANELS = {  # key in metrics.jsonl -> title
     "reward_mean": "E[R]",
@@ -60,12 +60,23 @@ def load_runs(paths: Sequence[str | Path], labels: Sequence[str] = ()) -> list[R
         raise UserError(f"a run is named twice: {', '.join(map(str, paths))}")
     runs = []
     for file, folder, name, label in zip(files, folders, names, labels or names, strict=True):
-        rows = read_jsonl(file, required=("kind",))
+        rows = read_rows(file)
         kinds = {kind: _by_iteration([row for row in rows if row["kind"] == kind], file) for kind in ("train", "eval")}
         if not any(kinds.values()):
             raise UserError(f"{file} has no rows of the kind train or eval yet; wait for the first iteration")
         runs.append(Run(name, label, **kinds, folder=folder))
     return runs
+
+
+def read_rows(file: Path) -> list[dict]:
+    """The rows of a metrics.jsonl. Raises UserError for a measure that is no number, with file, line and key."""
+    rows = read_numbered(file, required=("kind",))
+    drawn = {f"{key}{end}" for key in PANELS for end in ("", "_low", "_high")}
+    for where, row in rows:
+        for key in drawn & row.keys():
+            if row[key] is not None and type(row[key]) not in (int, float):
+                raise UserError(f"{where}: '{key}' must be a number or null, got {row[key]!r:.60}")
+    return [row for _, row in rows]
 
 
 def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -89,9 +100,10 @@ def positions(run: Run, rows: Sequence[dict], axis: str) -> np.ndarray:
     hours = 0.0
     for row in run.train:
         taken[row["iteration"]] = hours
-        seconds = (row.get("seconds") or {}).get("total")
-        if seconds is None:
-            raise UserError(f"{run.folder}: the train rows have no seconds.total; choose another --x")
+        seconds = row.get("seconds")
+        seconds = seconds.get("total") if isinstance(seconds, dict) else None
+        if not isinstance(seconds, (int, float)):
+            raise UserError(f"{run.folder}: the train rows have no number as seconds.total; choose another --x")
         hours += seconds / 3600
     return np.array([taken.get(row["iteration"], hours) for row in rows], dtype=np.float64)
 

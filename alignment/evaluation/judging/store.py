@@ -19,10 +19,11 @@ from alignment.errors import UserError
 from alignment.evaluation.judging.prompts import DIMENSIONS, TEMPLATE_HASH
 from alignment.evaluation.judging.tasks import Task
 from alignment.evaluation.judging.verdict import TIE, Verdict, result_of
-from alignment.records import JsonlWriter, read_jsonl
+from alignment.records import JsonlWriter, read_numbered
 
 DECIDED = ("win", "loss", "tie")
 UNDECIDED = ("refused", "unparsed", "failed")
+TOKEN_COUNTS = ("prompt_tokens", "completion_tokens")
 PUBLISHED_KEYS = ("model_a", "model_b", "dimension", "question", "scores")
 
 
@@ -46,7 +47,7 @@ class JudgmentStore:
         except OSError:
             pass  # a file system without locks
         self._writer = JsonlWriter(self.path)  # only now: it mends a torn last line
-        self.records = read_jsonl(self.path)
+        self.records = read_records(self.path)
 
     def append(self, record: dict) -> None:
         self._writer.append(record)
@@ -61,6 +62,27 @@ class JudgmentStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def read_records(path: str | Path, required: Iterable[str] = ()) -> list[dict]:
+    """The lines of a judgments file. Raises UserError for one of ours (with a key) that does not say how it ended."""
+    rows = read_numbered(path, required)
+    for where, row in rows:
+        if "key" not in row:
+            continue
+        if not isinstance(row["key"], str):
+            raise UserError(f"{where}: 'key' must be text, got {row['key']!r:.60}; remove the line, it is asked again")
+        if row.get("outcome") not in (*DECIDED, *UNDECIDED):
+            raise UserError(
+                f"{where}: 'outcome' must be one of {', '.join((*DECIDED, *UNDECIDED))}, got {row.get('outcome')!r:.60}; "
+                "remove the line, it is asked again"
+            )
+        usage = row.get("usage") or dict.fromkeys(TOKEN_COUNTS, 0)
+        if not isinstance(usage, dict) or any(type(usage.get(name)) is not int for name in TOKEN_COUNTS):
+            raise UserError(
+                f"{where}: 'usage' must have whole numbers as {' and '.join(TOKEN_COUNTS)}, got {usage!r:.60}"
+            )
+    return [row for _, row in rows]
 
 
 def make_record(task: Task, outcome: str, scores: tuple[float, float] | None, raw: str, **more: Any) -> dict:
@@ -131,7 +153,7 @@ def read_judgments(
     way to the later. Raises UserError when the file mixes the judgments of several judges or templates and `judge` and
     `template` do not choose.
     """
-    rows = read_jsonl(path, required=PUBLISHED_KEYS)
+    rows = read_records(path, required=PUBLISHED_KEYS)
     if models:
         rows = [row for row in rows if row["model_a"] in models and row["model_b"] in models]
     published = [row for row in rows if "key" not in row]

@@ -18,6 +18,7 @@ from pathlib import Path
 from alignment.errors import UserError
 from alignment.evaluation.judging.prompts import DIMENSIONS, TEMPLATE_HASH
 from alignment.evaluation.points import model_file, read_points
+from alignment.records import check_text
 
 Answers = dict[str, dict[str, dict]]  # model -> prompt -> row of its points file
 
@@ -65,6 +66,8 @@ def read_answers(folder: str, models: Sequence[str]) -> Answers:
     for model, path in zip(models, points_files(folder, models), strict=True):
         answers[model] = {}
         for row in read_points(path):
+            for key in ("prompt", "response"):
+                check_text(row[key], f"{path}: '{key}' of {row['prompt']!r:.40}")
             answers[model][row["prompt"]] = row
     return answers
 
