@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ try:
 except ImportError:  # no Triton on this machine: the PyTorch path does it
     kernels = None  # type: ignore[assignment]
 
+HASHING_THREADS = 16
 KEPT_NOISE_BYTES = 2**28  # a small model's noise is drawn once a member, not again for the step
 
 
@@ -92,12 +94,19 @@ class MasterWeights:
             raise UserError(f"{folder} lacks the tensor {min(missing)} ({len(missing)} in all)")
 
     def hash(self) -> str:
-        """SHA-256 over names, shapes and bytes of the master: what a run's base weights are known by."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.master.items()):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """SHA-256 over the tensors' SHA-256, those over name, shape and bytes: what a run's base weights are known by.
+
+        Tensors are hashed side by side: a 7B model has 27 GB.
+        """
+
+        def one(item: tuple[str, torch.Tensor]) -> bytes:
+            name, tensor = item
+            digest = hashlib.sha256(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).flatten().numpy())
+            return digest.digest()
+
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:
+            return hashlib.sha256(b"".join(pool.map(one, sorted(self.master.items())))).hexdigest()
 
     def fingerprint(self) -> int:
         """A quick check that processes hold equal weights: the bits as integers, summed with weights modulo 2^64.
