@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.integrations import sdpa_attention
 from transformers.utils import logging
 
 from alignment.errors import UserError, first_line
@@ -20,6 +21,18 @@ from alignment.model_folder import some_keys, tensor_shapes
 
 # What a config that makes no sense causes depends on the architecture: a size of 0, an unknown activation, a missing key.
 CONFIG_ERRORS = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, ZeroDivisionError)
+
+# Where all heads share one key and value head (multi-query attention), transformers hands them to torch's attention as one copy
+# that all heads look at. On a GPU, with a mask, torch's memory-efficient kernel then gives wrong numbers at some lengths (seen
+# with torch 2.11; https://github.com/pytorch/pytorch/issues/191937). With a copy for each head it does not.
+_one_for_all = sdpa_attention.repeat_kv
+
+
+def _one_each(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
+    return _one_for_all(hidden_states, n_rep).contiguous()
+
+
+sdpa_attention.repeat_kv = _one_each
 
 
 def load_whole(

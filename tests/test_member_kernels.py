@@ -87,6 +87,8 @@ def test_kernels_equal_the_plain_form(parts, inputs, rank, tokens, dtype):
     ]  # sums in another order, one rounding
     torch.testing.assert_close(found, expected, rtol=step, atol=step)
     weight = torch.randn(sum(parts), inputs, device=x.device).to(dtype) / inputs**0.5
+    if dtype != torch.float32 and not x.is_cuda:  # the product of 16-bit numbers into float32 is a GPU's
+        return
     whole = member_kernels._member_linear(x, weight, bias, right, left, slots, parts)
     shared = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
     expected = member_kernels.add_members(shared, x, right, left, slots, parts)

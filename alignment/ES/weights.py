@@ -102,7 +102,7 @@ class MasterWeights:
         def one(item: tuple[str, torch.Tensor]) -> bytes:
             name, tensor = item
             digest = hashlib.sha256(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).flatten().numpy())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).flatten().numpy().data)
             return digest.digest()
 
         with ThreadPoolExecutor(HASHING_THREADS) as pool:

@@ -53,10 +53,12 @@ class Engine(ABC):
     context: int | None  # longest prompt and answer together, in tokens; None when the model has no limit
     members_at_once: int  # how many members one call of `generate_members` should get
 
-    def __init__(self, model_path: str | Path, template: str, first_turn_only: bool, batch_size: int):
+    def __init__(
+        self, model_path: str | Path, template: str, first_turn_only: bool, batch_size: int, has_weights: bool = True
+    ):
         """Raises UserError when the folder is not a whole policy; its weights are not loaded yet."""
         self.folder = resolve_folder(model_path)
-        self.config = read_policy_config(self.folder)
+        self.config = read_policy_config(self.folder, has_weights)
         self.tokenizer = load_tokenizer(self.folder)
         check_vocabulary(self.folder, self.tokenizer, self.config)
         self.template = get_template(template, self.tokenizer)

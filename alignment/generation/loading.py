@@ -15,13 +15,14 @@ from alignment.pretrained import CONFIG_ERRORS, load_whole, misshapen, refuse_ke
 _SCORE_MODELS = ("ForScore", "ForSequenceClassification", "ForTokenClassification")
 
 
-def read_policy_config(folder: Path) -> PretrainedConfig:
-    """The config of a policy whose weight files are there and can be read. Loads no weights. Raises UserError."""
+def read_policy_config(folder: Path, has_weights: bool = True) -> PretrainedConfig:
+    """The config of a policy whose weight files are there and can be read, if it `has_weights`. Loads none. Raises UserError."""
     config = read_config(folder)
     architecture = (getattr(config, "architectures", None) or [""])[0]
     if architecture.endswith(_SCORE_MODELS):
         raise UserError(f"{folder}: a score model ({architecture} in its config.json), not a policy that writes text")
-    tensor_shapes(folder)
+    if has_weights:
+        tensor_shapes(folder)
     return config
 
 
