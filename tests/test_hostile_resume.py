@@ -165,7 +165,10 @@ JOURNALS = {
         lambda path: path.write_text("".join(path.read_text().splitlines(True)[::2])),
         "journal.jsonl:2: expected iteration 0, found 1",
     ),
-    "no seeds": (lambda path: edit_line(path, 1, lambda row: row.pop("seeds") and None), ":2: the step has no lists"),
+    "no seeds": (
+        lambda path: edit_line(path, 1, lambda row: row.pop("seeds") and None),
+        ":2: the step's seeds is no list: None",
+    ),
     "seeds of no kind": (
         lambda path: edit_line(path, 1, lambda row: row.update(seeds=["a", "b"])),
         ":2: expected whole",
@@ -177,7 +180,7 @@ JOURNALS = {
     ),
     "no lambda": (
         lambda path: edit_line(path, 2, lambda row: row.pop("lambda_state") and None),
-        ":3: the step has no lambda",
+        ":3: the step's lambda_state is no dict: None",
     ),
     "no metrics": (
         lambda path: edit_line(path, 2, lambda row: row.pop("metrics") and None),

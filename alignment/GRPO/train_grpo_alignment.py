@@ -44,8 +44,7 @@ def main() -> int:
     train_rows = load_prompts(settings.train_jsonl, settings.prompt_key)
     held_out_rows = load_prompts(settings.eval_jsonl, settings.prompt_key)
     folder = Path(settings.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: give another --output_dir")
+    check_writable_folder(folder)
     begun = (folder / "manifest.json").exists()
     if begun and not settings.resume:
         raise UserError(f"{folder} holds a run already: give another --output_dir, or leave out --resume false")
@@ -66,7 +65,6 @@ def main() -> int:
     drawn = [row[settings.prompt_key] for row in draw_rows(train_rows, settings.max_samples)]
     held_out = [row[settings.prompt_key] for row in draw_rows(held_out_rows, settings.eval_samples)]
     settings.check_enough(drawn)
-    check_writable_folder(folder)
 
     # torch and the models only now, so that a mistake in the settings is told at once.
     warnings.filterwarnings(
