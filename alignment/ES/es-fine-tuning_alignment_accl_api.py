@@ -50,7 +50,8 @@ def main() -> int:
     if not known and any((folder / "checkpoints").glob("iteration_*")):
         raise UserError(f"{folder} holds checkpoints but no journal of their run: give another --experiment_dir")
     if known:  # what a glance at the journal tells; the trainer compares the rest, base weights and device
-        now = settings.deciding() | {"train_prompts": text_hash(train_prompts)}
+        now = dict.fromkeys(known.keys() & vars(settings).keys()) | settings.deciding()
+        now |= {"train_prompts": text_hash(train_prompts)}
         now.pop("members_at_once", None)  # the journal has the number that came of it
         check_settings(folder / "journal.jsonl", known, now)
 
