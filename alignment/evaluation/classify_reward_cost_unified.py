@@ -34,6 +34,7 @@ from alignment.evaluation.measures import as_record, category_table, measure, pr
 from alignment.evaluation.points import FURTHER_KEYS, PUBLISHED_KEYS, ModelScores, model_file
 from alignment.evaluation.prompts import load_rows
 from alignment.evaluation.scores import add_scores
+from alignment.model_folder import read_config, resolve_folder
 from alignment.objective import quadrant_summary
 from alignment.records import check_writable_file, read_object, save_npy, write_json, write_jsonl
 from alignment.scoring.client import ScorerClient
@@ -51,6 +52,9 @@ def main(argv: list[str] | None = None) -> None:
             f"{target} holds the {found}; remove it, or give another --model_name or --output_dir for the {config.source}"
         )
     check_writable_file(target)
+    if not config.scorer_url:  # hours before they are loaded: answers are generated first
+        for score_model in (config.reward_model, config.cost_model):
+            read_config(resolve_folder(score_model))
     rows = load_rows(config)
     print(f"{config.name}: {len(rows)} rows, {len({row['prompt'] for row in rows})} distinct prompts", flush=True)
 

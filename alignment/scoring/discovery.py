@@ -233,7 +233,10 @@ def read_address(path: Path) -> Address | None:
 def ask_state(address: Address) -> State:
     """Asks /health whether this very scorer is there."""
     if urlsplit(address.url).hostname in LOOPBACK and address.host != socket.gethostname():
-        return State("silent", reason=f"listens on the loopback address of {address.host} only (HOST=0.0.0.0 opens it)")
+        return State(
+            "silent",
+            reason=f"listens on the loopback address of {address.host} only (HOST=0.0.0.0 opens it, in job scripts SCORER_BIND)",
+        )
     try:
         with requests.Session() as session:
             session.trust_env = False  # a proxy setting must not catch calls inside a cluster
