@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sys
 import threading
@@ -45,7 +46,8 @@ def _tell_of_thread(failed: threading.ExceptHookArgs) -> None:
 
 def tell(message: str) -> None:
     """One line, also where a name in it holds line breaks."""
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # it may be a log on the full disk that is told of
+        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
 
 
 def first_line(error: BaseException) -> str:

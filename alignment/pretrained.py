@@ -7,7 +7,10 @@ values that are not finite.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import hashlib
+import re
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,9 @@ from transformers.utils import logging
 from alignment.errors import UserError, first_line
 from alignment.model_folder import some_keys, tensor_shapes
 
+HASHING_THREADS = 16
+# Older checkpoints hold these as well; they follow from the config. Not a layer's bias: c_attn.bias is a weight.
+BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(attention\.)?(masked_)?bias|decoder\.version|\.position_ids)$")
 # What a config that makes no sense causes depends on the architecture: a size of 0, an unknown activation, a missing key.
 CONFIG_ERRORS = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, ZeroDivisionError)
 
@@ -29,7 +35,8 @@ _one_for_all = sdpa_attention.repeat_kv
 
 
 def _one_each(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
-    return _one_for_all(hidden_states, n_rep).contiguous()
+    repeated = _one_for_all(hidden_states, n_rep)
+    return repeated.contiguous() if n_rep > 1 else repeated
 
 
 sdpa_attention.repeat_kv = _one_each
@@ -50,7 +57,7 @@ def load_whole(
         model, info = kind.from_pretrained(
             str(folder), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (OSError, *CONFIG_ERRORS) as error:
+    except (OSError, ImportError, *CONFIG_ERRORS) as error:
         raise UserError(f"{folder}: could not be loaded: {first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -58,12 +65,35 @@ def load_whole(
     refuse_keys(
         folder,
         missing=info["missing_keys"],
-        unexpected=[key for key in info["unexpected_keys"] if not other_heads or key.startswith(backbone)],
+        unexpected=[
+            key
+            for key in info["unexpected_keys"]
+            if not BUFFERS.search(key) and (not other_heads or key.startswith(backbone))
+        ],
         misshapen=[misshapen(*mismatch) for mismatch in info["mismatched_keys"]],
     )
-    model.to(device).eval()
+    try:
+        model.to(device).eval()
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{folder}: does not fit into the memory of {device}: {first_line(error)}") from error
     check_finite(folder, model.state_dict())
     return model
+
+
+def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the SHA-256 of each tensor's name, shape, dtype and bytes, in the order of their names.
+
+    Tensors are hashed side by side: a 7B model has 13 to 27 GB.
+    """
+
+    def one(item: tuple[str, torch.Tensor]) -> bytes:
+        name, tensor = item
+        digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.digest()
+
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        return hashlib.sha256(b"".join(pool.map(one, sorted(tensors.items())))).hexdigest()
 
 
 def refuse_keys(
@@ -82,7 +112,12 @@ def misshapen(key: str, found: Collection[int], asked: Collection[int]) -> str:
 
 def check_finite(where: Path | str, tensors: dict[str, torch.Tensor]) -> None:
     """Raises UserError naming `where` and the tensors that hold NaN or infinities."""
-    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    # NaN and infinities come through as the smallest or the largest; isfinite takes forty times as long and a copy.
+    broken = [
+        key
+        for key, tensor in tensors.items()
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all()
+    ]
     if broken:
         raise UserError(
             f"{where}: these weights are not finite: {some_keys(broken)}. The checkpoint is damaged, or too large for the dtype"

@@ -137,10 +137,10 @@ def check_room(folder: str | Path, needed: int) -> None:
     place = Path(folder).absolute()
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
+    disk = shutil.disk_usage(place)
+    if disk.total and disk.free < needed:  # some mounted object stores say 0
         raise UserError(
-            f"{folder} needs {needed / 2**30:.3g} GiB and its disk has {free / 2**30:.3g} GiB left: make room and "
+            f"{folder} needs {needed / 2**30:.3g} GiB and its disk has {disk.free / 2**30:.3g} GiB left: make room and "
             "run the same command again"
         )
 

@@ -180,7 +180,7 @@ JOURNALS = {
     ),
     "no lambda": (
         lambda path: edit_line(path, 2, lambda row: row.pop("lambda_state") and None),
-        ":3: the step's lambda_state is no dict: None",
+        ":3: the step has no lambda_state",
     ),
     "no metrics": (
         lambda path: edit_line(path, 2, lambda row: row.pop("metrics") and None),

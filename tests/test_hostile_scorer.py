@@ -207,7 +207,7 @@ def test_addresses_that_are_none(tiny_policy, tmp_path, url, said):
 
 
 def test_addresses_with_a_path_or_a_strange_name():
-    for url in ("http://node12:8000/", "https://gateway/scorers/7", "http://score", "http://health:8000"):
+    for url in ("http://node12:8000/", "https://gateway/team/score", "http://score", "http://health:8000"):
         assert ScorerClient(url).url == url
 
 

@@ -57,7 +57,7 @@ def read_journal(path: Path) -> tuple[dict, list[dict]]:
     for number, step in enumerate(rows[1:]):
         if step.get("iteration") != number:
             raise UserError(f"{path}:{number + 2}: expected iteration {number}, found {step.get('iteration')!r}")
-        for key, kind in (("seeds", list), ("coefficients", list), ("lambda_state", dict)):
+        for key, kind in (("seeds", list), ("coefficients", list)):
             if not isinstance(step.get(key), kind):
                 raise UserError(f"{path}:{number + 2}: the step's {key} is no {kind.__name__}: {step.get(key)!r:.40}")
         _check_step(f"{path}:{number + 2}", step)

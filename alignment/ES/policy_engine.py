@@ -61,11 +61,11 @@ def open_engine(settings: ESSettings, prompts: Sequence[str], processes: Process
 def _longest(settings: ESSettings, prompts: Sequence[str]) -> int:
     """Tokens that the longest prompt and its answer may have, at most what the model can."""
     folder = resolve_folder(settings.policy_model_path)
-    limit = read_policy_config(folder).max_position_embeddings
+    limit = getattr(read_policy_config(folder).get_text_config(), "max_position_embeddings", None)
     tokenizer = load_tokenizer(folder)
     template = get_template(settings.policy_template, tokenizer)
     longest = max(len(template.encode_prompt(tokenizer, prompt)) for prompt in prompts) + settings.max_new_tokens
-    return min(longest, limit)
+    return longest if limit is None else min(longest, limit)
 
 
 def _master_bytes(settings: ESSettings) -> int:

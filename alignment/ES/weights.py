@@ -7,9 +7,7 @@ one by one (no fused multiply-add), so that every device gets the same bits.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,7 +16,7 @@ from alignment.errors import UserError
 from alignment.ES.noise import noise
 from alignment.generation.loading import load_policy
 from alignment.model_folder import open_safetensors, resolve_folder, weight_files
-from alignment.pretrained import check_finite
+from alignment.pretrained import check_finite, tensors_hash
 
 try:
     # Not called kernels.py: a script's folder comes first on Python's path, and transformers imports a package `kernels`.
@@ -26,7 +24,6 @@ try:
 except ImportError:  # no Triton on this machine: the PyTorch path does it
     kernels = None  # type: ignore[assignment]
 
-HASHING_THREADS = 16
 KEPT_NOISE_BYTES = 2**28  # a small model's noise is drawn once a member, not again for the step
 
 
@@ -94,19 +91,8 @@ class MasterWeights:
             raise UserError(f"{folder} lacks the tensor {min(missing)} ({len(missing)} in all)")
 
     def hash(self) -> str:
-        """SHA-256 over the tensors' SHA-256, those over name, shape and bytes: what a run's base weights are known by.
-
-        Tensors are hashed side by side: a 7B model has 27 GB.
-        """
-
-        def one(item: tuple[str, torch.Tensor]) -> bytes:
-            name, tensor = item
-            digest = hashlib.sha256(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).flatten().numpy().data)
-            return digest.digest()
-
-        with ThreadPoolExecutor(HASHING_THREADS) as pool:
-            return hashlib.sha256(b"".join(pool.map(one, sorted(self.master.items())))).hexdigest()
+        """What a run's base weights are known by."""
+        return tensors_hash(self.master)
 
     def fingerprint(self) -> int:
         """A quick check that processes hold equal weights: the bits as integers, summed with weights modulo 2^64.

@@ -33,11 +33,12 @@ def load_rows(config: ClassifySettings) -> list[dict]:
     else:
         place = config.dataset_name
         data = load_split(place, config.dataset_config, config.split, required=("prompt",))
-        for number, row in enumerate(data, start=1):
-            check_prompt(row["prompt"], f"{place}: row {number}: 'prompt'")
     if not data:
         raise UserError(f"{place} has no rows; expected one prompt a row")
     data = _sample(data, config)
+    if place == config.dataset_name:
+        for row in data:
+            check_prompt(row["prompt"], f"{place}: 'prompt' of a row that was drawn")
     if config.repeated_prompts == "once":
         first: dict[str, dict] = {}
         for row in data:

@@ -5,7 +5,6 @@ The response is the model's own first turn; it is cut here and nowhere else.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -17,9 +16,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from alignment.conversation import Template, get_template, load_tokenizer
 from alignment.errors import UserError
-from alignment.generation.loading import check_vocabulary, read_policy_config
+from alignment.generation.loading import check_vocabulary, known_ids, read_policy_config
 from alignment.generation.members import LowRank
 from alignment.model_folder import resolve_folder
+from alignment.pretrained import tensors_hash
 from alignment.progress import progress_bar
 
 _CONTEXT_TOKENS = 8  # enough for a decoder to see that a response stands in the middle of a text
@@ -61,6 +61,9 @@ class Engine(ABC):
         self.config = read_policy_config(self.folder, has_weights)
         self.tokenizer = load_tokenizer(self.folder)
         check_vocabulary(self.folder, self.tokenizer, self.config)
+        self._ids_known = known_ids(self.config)
+        if self._ids_known is not None and (self.tokenizer.pad_token_id or 0) >= self._ids_known:
+            self.tokenizer.pad_token = self.tokenizer.eos_token  # a token that was added and has no embedding
         self.template = get_template(template, self.tokenizer)
         self.first_turn_only = first_turn_only
         self.batch_size = batch_size
@@ -114,12 +117,8 @@ class Engine(ABC):
         return found
 
     def weights_hash(self) -> str:
-        """SHA-256 over names, shapes, dtypes and bytes of all parameters, in the order of their names."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.parameters().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """`tensors_hash` of all parameters."""
+        return tensors_hash(self.parameters())
 
     def generate(
         self,
@@ -188,8 +187,12 @@ class Engine(ABC):
         """The ids of each prompt. Raises UserError, which names the `source` of the prompts, for one without room to answer."""
         encoded = [self.template.encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
+            named = f"{source}: the prompt {prompt!r:.60}" if source else f"prompt {index + 1}"
+            if self._ids_known is not None and max(ids, default=0) >= self._ids_known:
+                raise UserError(
+                    f"{named} has the token {max(ids)}, the model knows {self._ids_known}: leave that prompt out"
+                )
             if self.context is not None and len(ids) + max_new_tokens > self.context:
-                named = f"{source}: the prompt {prompt!r:.60}" if source else f"prompt {index + 1}"
                 raise UserError(
                     f"{named} has {len(ids)} tokens; with max_new_tokens {max_new_tokens} that is more than the model's "
                     f"context of {self.context}: leave that prompt out, or allow fewer new tokens"

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from alignment.errors import UserError, first_line
 from alignment.model_folder import read_config, tensor_shapes
-from alignment.pretrained import CONFIG_ERRORS, load_whole, misshapen, refuse_keys
+from alignment.pretrained import BUFFERS, CONFIG_ERRORS, load_whole, misshapen, refuse_keys
 
 _SCORE_MODELS = ("ForScore", "ForSequenceClassification", "ForTokenClassification")
 
@@ -26,10 +26,20 @@ def read_policy_config(folder: Path, has_weights: bool = True) -> PretrainedConf
     return config
 
 
+def known_ids(config: PretrainedConfig) -> int | None:
+    """How many token ids the model has an embedding for, if the config says."""
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
 def check_vocabulary(folder: Path, tokenizer: Any, config: PretrainedConfig) -> None:
-    """Raises UserError when the tokenizer has ids that the model has no embedding for."""
-    largest = max(tokenizer.get_vocab().values())
-    known = getattr(config.get_text_config(), "vocab_size", None)
+    """Raises UserError when the tokenizer's own ids, or its end of sequence, have no embedding in the model.
+
+    Tokens that were added to it may lie beyond (a pad token, one for images): prompts that hold such an id are refused.
+    """
+    added = tokenizer.added_tokens_decoder
+    own = [index for index in tokenizer.get_vocab().values() if index not in added]
+    largest = max([*own, -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id])
+    known = known_ids(config)
     if known is not None and largest >= known:
         raise UserError(
             f"{folder}: the tokenizer has ids up to {largest}, the model knows {known}: they do not belong together"
@@ -54,7 +64,8 @@ def check_headers(folder: Path, config: PretrainedConfig) -> None:
     found, prefix = tensor_shapes(folder), f"{model.base_model_prefix}."
     if not any(key.startswith(prefix) for key in found):
         found = {prefix + key: shape for key, shape in found.items()}  # saved from the backbone alone
-    if not found.keys() & expected.keys():
+    found = {key: shape for key, shape in found.items() if not BUFFERS.search(key)}
+    if any(key.startswith(prefix) and key not in expected for key in found) or not found.keys() & expected.keys():
         return
     refuse_keys(
         folder,

@@ -23,6 +23,7 @@ LONGEST_RETRY_AFTER = 30.0  # seconds
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0  # seconds; doubled after every failure
 CONNECT_TIMEOUT = 10.0  # seconds
 ENDPOINTS = ("/score", "/score_batch", "/score_texts", "/health", "/info", "/metrics", "/docs")
+SSL_MISTAKES = ("CERTIFICATE", "WRONG_VERSION", "hostname")  # these do not pass; a proxy that is restarted does
 IDENTITY_HEADER = "X-Scorer-Identity"  # a hash of the service's identity, in every answer
 
 
@@ -47,7 +48,7 @@ class Endpoint:
         if not usable:
             raise UserError(f"scorer URL {url!r}: expected something like http://127.0.0.1:8000, or auto")
         self.url = url.rstrip("/")
-        if parts.path.rstrip("/").endswith(ENDPOINTS):
+        if parts.path.rstrip("/") in ENDPOINTS:
             raise UserError(f"scorer URL {url!r}: give the address alone, without /{self.url.rpartition('/')[2]}")
         self.outstanding = 0  # texts asked for and not answered
         self.rests_until = 0.0  # after a failure, on the monotonic clock
@@ -94,6 +95,9 @@ class Endpoint:
         except requests.exceptions.InvalidJSONError as error:
             raise UserError(f"scorer {self.url}{path}: the request cannot be written as JSON: {error}") from error
         except requests.exceptions.SSLError as error:
+            session.close()
+            if not any(word in str(error) for word in SSL_MISTAKES):
+                raise Retry(f"SSLError: {root_cause(error)}", lost=True) from error
             raise UserError(
                 f"scorer {self.url}: no secure connection: {root_cause(error)}; is it http:// there?"
             ) from error
