@@ -449,3 +449,10 @@ def test_local_data_set(tmp_path, tiny_policy, scorer_flags):
     assert [row["prompt"] for row in points] == [f"question {i}" for i in drawn]
     with pytest.raises(UserError, match="split 'train'.*test"):
         script.main([*flags, "--split", "train", "--model_name", "n", *scorer_flags])
+
+
+def test_a_score_model_that_is_not_there_is_told_before_answers_are_generated(tmp_path):
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "p"}])
+    flags = ["--policy_model_path", str(tmp_path / "no_policy"), "--from_jsonl", str(tmp_path / "prompts.jsonl")]
+    with pytest.raises(UserError, match="no_reward"):
+        script.main([*flags, "--reward_model", str(tmp_path / "no_reward"), "--output_dir", str(tmp_path)])

@@ -277,6 +277,7 @@ def test_odd_texts_go_through_the_classification_as_they_are(tiny_scorers, tmp_p
 def test_a_prompt_that_no_model_can_hold_is_named(tiny_policy, tmp_path):
     write_jsonl(tmp_path / "p.jsonl", [{"prompt": "short"}, {"prompt": LONG}])
     files = ["--from_jsonl", tmp_path / "p.jsonl", "--output_dir", tmp_path, "--policy_max_new_tokens", 4]
+    files += ["--scorer_url", "http://127.0.0.1:9"]
     message = refused(CLASSIFY, "--policy_model_path", tiny_policy, "--device", "cpu", *files)
     assert "xxx" in message
     assert "1024" in message, message
@@ -310,5 +311,5 @@ def test_a_data_set_whose_prompts_are_no_texts(tmp_path):
     message = refused(
         CLASSIFY, "--dataset_name", folder, "--split", "train", "--policy_model_path", "m", "--output_dir", tmp_path
     )
-    assert f"{folder}: row 2" in message
+    assert f"{folder}: 'prompt' of a row that was drawn must be text that is not empty" in message
     assert read_jsonl(folder / "train.jsonl")

@@ -52,10 +52,10 @@ def main(argv: list[str] | None = None) -> None:
             f"{target} holds the {found}; remove it, or give another --model_name or --output_dir for the {config.source}"
         )
     check_writable_file(target)
-    if not config.scorer_url:  # hours before they are loaded: answers are generated first
+    rows = load_rows(config)
+    if config.policy_model_path and not config.scorer_url:  # before answers are generated, which takes hours
         for score_model in (config.reward_model, config.cost_model):
             read_config(resolve_folder(score_model))
-    rows = load_rows(config)
     print(f"{config.name}: {len(rows)} rows, {len({row['prompt'] for row in rows})} distinct prompts", flush=True)
 
     sampling, answers = None, model_file(config.output_dir, config.name, "generations.jsonl")
