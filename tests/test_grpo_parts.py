@@ -223,6 +223,15 @@ def test_the_published_config_is_read_and_its_step_is_the_same_on_any_number_of_
         settings.accumulation(1)
 
 
+def test_a_step_that_needs_more_prompts_than_there_are():
+    settings = load_settings([*NEEDED, "--prompts_per_step", "2"])
+    settings.check_enough(["a", "b"])
+    with pytest.raises(UserError, match="2, but there are only 1 training prompts$"):
+        settings.check_enough(["a"])
+    with pytest.raises(UserError, match=r"only 1 training prompts \(of at most max_prompt_length tokens\)$"):
+        settings.check_enough(["a"], "training prompts (of at most max_prompt_length tokens)")
+
+
 @pytest.mark.parametrize(
     ("flags", "word"),
     [

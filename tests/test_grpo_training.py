@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,6 +222,75 @@ def test_one_process_failing_ends_both(undisturbed, tiny_policy, prompts, tmp_pa
         done = run_script(tiny_policy, scorer.url, prompts, run, processes=2)
         assert done.returncode == 0, done.stderr
     assert same_run(run, undisturbed(2))
+
+
+def both_end(arguments: list, run: Path) -> str:
+    """The error that the two processes of a run end with, within a minute."""
+    process = subprocess.Popen(
+        command(*arguments, run, processes=2),
+        cwd=REPO,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        errors = process.communicate(timeout=60)[1]
+    except subprocess.TimeoutExpired:
+        process.terminate()  # the launcher ends both processes
+        process.wait(60)
+        raise
+    assert process.returncode == 1
+    assert "Traceback (most" not in errors.split("torch/distributed")[0]
+    (line,) = {line for line in errors.splitlines() if line.startswith("error: ")}
+    return line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "content", "said"),
+    [
+        ("eval", "", "cannot write {run}/eval/iteration_00000_points.jsonl"),
+        ("best/trainer_state.json", "[]", "{run}/best/trainer_state.json: expected a JSON object"),
+        ("checkpoints", "", "cannot write {run}/checkpoints/iteration_00002"),
+    ],
+)
+def test_what_the_first_process_alone_cannot_write_ends_both(tiny_policy, prompts, tmp_path, path, content, said):
+    run = tmp_path / "run"
+
+    def answer(number, body):
+        if number == 1:  # a file where a folder should be, or that is none of ours
+            (run / path).parent.mkdir(exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                (run / path).rmdir()
+            (run / path).write_text(content)
+        return FakeScorer.scores(body)
+
+    with FakeScorer(answer) as scorer:
+        line = both_end([tiny_policy, scorer.url, prompts], run)
+    assert said.format(run=run) in line
+    assert (run / path).read_text() == content
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_ends_both(tiny_policy, prompts, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+
+    def answer(number, body):
+        if number == 7:  # two evaluations, two steps of two processes, then the third
+            with contextlib.suppress(OSError), open(disk / "other", "wb") as file:
+                file.write(bytes(2**24))
+        return FakeScorer.scores(body)
+
+    try:
+        with FakeScorer(answer) as scorer:
+            line = both_end([tiny_policy, scorer.url, prompts], disk / "run")
+        assert f"cannot write {disk / 'run' / 'checkpoints' / 'iteration_0000'}" in line
+        assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["iteration_00002"]
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.slow

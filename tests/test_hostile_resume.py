@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from broken_models import edit_tensors
+from conftest import make_tokenizer
 from fake_scorer import FakeScorer
 from grpo_script import SCRIPT as GRPO
 from grpo_script import SMALL as GRPO_SMALL
 from safetensors.torch import load_file
 from script_here import refused, run_script
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from alignment.records import read_json, read_jsonl, write_json, write_jsonl
 
@@ -334,6 +337,63 @@ def test_damaged_adapters(tiny_policy, prompts, scorer, tmp_path):
         line = refused(*grpo(tiny_policy, scorer.url, prompts, copy, lora_rank=2, max_steps=2))
         assert "adapter_model.safetensors: damaged" in line and "remove that checkpoint" in line
     assert run_script(*command, "--max_steps", 2).code == 0
+
+
+@pytest.fixture(scope="module")
+def tiny_mixtral(tmp_path_factory):
+    """An architecture that transformers saves under other names: the experts one by one, which it computes with as one tensor."""
+    folder = tmp_path_factory.mktemp("mixtral")
+    config = MixtralConfig(
+        vocab_size=make_tokenizer(folder),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        initializer_range=0.5,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(str(folder))
+    return folder
+
+
+def test_weights_that_are_saved_under_other_names(tiny_mixtral, prompts, scorer, tmp_path):
+    whole, run, damaged = tmp_path / "whole", tmp_path / "run", tmp_path / "damaged"
+    for folder, steps in ((whole, 2), (run, 1)):
+        done = run_script(*grpo(tiny_mixtral, scorer.url, prompts, folder, max_steps=steps))
+        assert done.code == 0, done.err
+    shutil.copytree(run, damaged)
+    assert run_script(*grpo(tiny_mixtral, scorer.url, prompts, run, max_steps=2)).code == 0
+    base, first, second = (load_file(folder / WEIGHTS) for folder in (tiny_mixtral, whole / "final", run / "final"))
+    expert = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+    assert not torch.equal(base[expert], first[expert])
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    for name in ("model.norm.weight", expert):
+        edit_tensors(damaged / "checkpoints" / "iteration_00001", lambda tensors, name=name: tensors.pop(name))
+        line = refused(*grpo(tiny_mixtral, scorer.url, prompts, damaged, max_steps=2))
+        assert "iteration_00001" in line
+
+
+def test_a_finished_run_in_a_folder_that_cannot_be_written(tiny_policy, prompts, grpo_run, tmp_path):
+    run = shutil.copytree(grpo_run, tmp_path / "run")
+    if os.geteuid() != 0:
+        run.chmod(0o500)
+    elif subprocess.run(["mount", "-o", "bind,ro", str(run), str(run)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        done = run_script(*grpo(tiny_policy, NOBODY, prompts, run, max_steps=1))
+        assert (done.code, "is finished" in done.out) == (0, True)
+        assert "cannot write" in refused(*grpo(tiny_policy, NOBODY, prompts, run, max_steps=2))
+    finally:
+        if os.geteuid() == 0:
+            subprocess.run(["umount", "-l", str(run)], check=True)
+        else:
+            run.chmod(0o700)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"deciding": []}', '{"deciding": {"scorer": 1}}'])

@@ -18,16 +18,25 @@ class Stopped(Exception):
     """A signal came; every process saves and ends."""
 
 
-def raise_on_all(accelerator: Accelerator, error: Exception | None) -> None:
-    """Every process calls this; when one of them has an error, all raise it (the first rank's), so none waits for the rest.
+@contextlib.contextmanager
+def failing_together(accelerator: Accelerator) -> Iterator[None]:
+    """All processes go through this, and none leaves it before the others: what one fails at in it, all raise.
 
-    A Stopped of one process wins over errors of others, which it may have caused.
+    The first rank that failed raises its error, with its trace, and the others a UserError of the same words. A Stopped of one
+    process wins over errors of others, which it may have caused.
     """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as problem:
+        error = problem
     told = gather_object([None if error is None else (isinstance(error, Stopped), str(error))])
     found = [one for one in told if one is not None]
     if any(stopped for stopped, _ in found):
         raise Stopped
     if found:
+        if error is not None and told.index(found[0]) == accelerator.process_index:
+            raise error
         raise UserError(found[0][1]) from error
 
 
@@ -39,10 +48,15 @@ def on_any(accelerator: Accelerator, flag: bool) -> bool:
 
 @contextlib.contextmanager
 def folder_of_all(accelerator: Accelerator, final: Path) -> Iterator[Path]:
-    """`atomic_directory` for all processes together (one file system): it gets its name when all of them are through."""
-    with contextlib.ExitStack() as stack:
-        told: list = [str(stack.enter_context(atomic_directory(final))) if accelerator.is_main_process else None]
+    """`atomic_directory` for all processes together (one file system): it gets its name when all of them are through.
+
+    What one of them fails at, all raise.
+    """
+    with failing_together(accelerator), contextlib.ExitStack() as stack:
+        told: list = [None]
+        with failing_together(accelerator):
+            if accelerator.is_main_process:
+                told = [str(stack.enter_context(atomic_directory(final)))]
         broadcast_object_list(told)
-        yield Path(told[0])
-        accelerator.wait_for_everyone()
-    accelerator.wait_for_everyone()
+        with failing_together(accelerator):
+            yield Path(told[0])

@@ -21,11 +21,11 @@ from alignment.errors import UserError
 from alignment.evaluation.held_out import score_held_out, summary_line
 from alignment.generation import Generation
 from alignment.GRPO.checkpoints import newest_checkpoint, step_of
-from alignment.GRPO.ranks import Stopped, on_any, raise_on_all
+from alignment.GRPO.ranks import Stopped, failing_together, on_any
 from alignment.GRPO.settings import GRPOSettings
 from alignment.GRPO.trainer import BrokenStep, ConstrainedGRPOTrainer
 from alignment.progress import progress_bar, watched
-from alignment.records import finite_or_none, read_jsonl, read_object, write_json, write_jsonl
+from alignment.records import finite_or_none, read_json, read_jsonl, read_object, write_json, write_jsonl
 from alignment.runs import MetricsLog, StopSignal, atomic_directory
 
 # TRL's and transformers' numbers that a step's row has as well, where there are any.
@@ -66,13 +66,11 @@ class Run(TrainerCallback):
         checkpoint = newest_checkpoint(self.folder)
         first = step_of(checkpoint)
         if checkpoint is not None:
-            self.trainer.constraint.multiplier.load_state_dict(
-                read_object(checkpoint / "constraint.json", value=(int, float), cost_ema=(int, float, type(None)))
-            )
+            self.trainer.constraint.multiplier.load_state_dict(read_json(checkpoint / "constraint.json"))
             if self.main:
                 print(f"going on after step {first}", flush=True)
-        self.metrics = self._open_metrics(first) if self.main else None
-        self.trainer.accelerator.wait_for_everyone()  # the file is whole now, and without rows of later steps
+        with failing_together(self.trainer.accelerator):  # after it the file is whole, and without rows of later steps
+            self.metrics = self._open_metrics(first) if self.main else None
         rows = read_jsonl(self.folder / "metrics.jsonl")
         self.evaluated = {row["iteration"] for row in rows if row["kind"] == "eval"}
         watching = self.main and watched()
@@ -80,7 +78,9 @@ class Run(TrainerCallback):
             with progress_bar(self.settings.max_steps, "GRPO", "step", initial=first, disable=not watching) as self.bar:
                 self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if not on_any(self.trainer.accelerator, self._stopping()) or self._step == self.settings.max_steps:
-                self._save_model(self.folder / "final")
+                with failing_together(self.trainer.accelerator):
+                    if self.main:
+                        self._save_model(self.folder / "final")
                 return True
         except Stopped:
             self._save_checkpoint()
@@ -122,8 +122,9 @@ class Run(TrainerCallback):
         if logs is None or "loss" not in logs:  # the summary at the end of training
             return
         step = state.global_step
-        if self.metrics is not None:  # on the main process
-            self._write_step(logs, self.metrics)
+        with failing_together(self.trainer.accelerator):
+            if self.metrics is not None:  # on the main process
+                self._write_step(logs, self.metrics)
         if on_any(self.trainer.accelerator, self._stopping()):
             control.should_training_stop = True
         elif step % self.settings.eval_every == 0 or step == self.settings.max_steps:
@@ -166,30 +167,27 @@ class Run(TrainerCallback):
 
     def _evaluate(self) -> None:
         """Scored greedy answers to the held-out prompts. Raises Stopped when a signal comes while the scorer is away."""
-        step = self._step
         self._show_phase("is evaluated on held-out prompts")
         generations = self._generate_held_out()
-        error: Exception | None = None
-        if self.main:
-            try:
-                points, measures = score_held_out(
-                    self.held_out, generations, self.trainer.scorer, self.settings.lambda_cost
-                )
-            except (UserError, Stopped) as problem:
-                error = problem
-        raise_on_all(self.trainer.accelerator, error)
-        self.evaluated.add(step)
-        if self.metrics is not None:  # on the main process
-            row = {"kind": "eval", "iteration": step, "lambda": self.trainer.constraint.multiplier.value, **measures}
-            write_jsonl(self.folder / "eval" / f"iteration_{step:05d}_points.jsonl", points)
-            self.metrics.log(row, step)
-            tqdm.write(summary_line(step, row))
-            if self.settings.verbose:
-                for point in points[:3]:
-                    tqdm.write(f"  {point['label']}  {point['prompt'][:80]!r} -> {point['response'][:120]!r}")
-            best = self.folder / "best" / "trainer_state.json"
-            if not best.exists() or row["objective"] > read_object(best, objective=(int, float))["objective"]:
-                self._save_model(self.folder / "best", objective=row["objective"])
+        with failing_together(self.trainer.accelerator):
+            if self.metrics is not None:  # on the main process
+                self._write_evaluation(generations, self.metrics)
+        self.evaluated.add(self._step)
+
+    def _write_evaluation(self, generations: list[Generation], metrics: MetricsLog) -> None:
+        step = self._step
+        points, measures = score_held_out(self.held_out, generations, self.trainer.scorer, self.settings.lambda_cost)
+        row = {"kind": "eval", "iteration": step, "lambda": self.trainer.constraint.multiplier.value, **measures}
+        write_jsonl(self.folder / "eval" / f"iteration_{step:05d}_points.jsonl", points)
+        # The best model first: metrics.jsonl says that an evaluation is done, and a kill must not fall between the two.
+        best = self.folder / "best" / "trainer_state.json"
+        if not best.exists() or row["objective"] > read_object(best, objective=(int, float))["objective"]:
+            self._save_model(self.folder / "best", objective=row["objective"])
+        metrics.log(row, step)
+        tqdm.write(summary_line(step, row))
+        if self.settings.verbose:
+            for point in points[:3]:
+                tqdm.write(f"  {point['label']}  {point['prompt'][:80]!r} -> {point['response'][:120]!r}")
 
     def _generate_held_out(self) -> list[Generation]:
         """In the prompts' order, with the policy as it is now."""
@@ -213,9 +211,7 @@ class Run(TrainerCallback):
                 shutil.rmtree(old)
 
     def _save_model(self, final: Path, **state: float) -> None:
-        """The policy in Hugging Face layout, adapters merged, with the run's state beside it. First process only writes."""
-        if not self.main:
-            return
+        """The policy in Hugging Face layout, adapters merged, with the run's state beside it; by the main process alone."""
         needed = sum(tensor.nbytes for tensor in self.trainer.engine.parameters().values())
         with atomic_directory(final, needed) as folder:
             self.trainer.engine.save_pretrained(folder)

@@ -164,13 +164,10 @@ class GRPOSettings:
             )
         return derived
 
-    def check_enough(self, prompts: list[str]) -> None:
-        """Raises UserError when a step would need the same prompt twice."""
+    def check_enough(self, prompts: list[str], what: str = "training prompts") -> None:
+        """Raises UserError when a step would need the same prompt twice. `what` says what the prompts are."""
         if self.prompts_per_step > len(prompts):
-            raise UserError(
-                f"prompts_per_step is {self.prompts_per_step}, but there are only {len(prompts)} training prompts "
-                "(of at most max_prompt_length tokens)"
-            )
+            raise UserError(f"prompts_per_step is {self.prompts_per_step}, but there are only {len(prompts)} {what}")
 
     def deciding(self) -> dict:
         """The settings that decide the weights; going on with a run under others is refused."""

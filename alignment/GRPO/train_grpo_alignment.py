@@ -44,8 +44,7 @@ def main() -> int:
     train_rows = load_prompts(settings.train_jsonl, settings.prompt_key)
     held_out_rows = load_prompts(settings.eval_jsonl, settings.prompt_key)
     folder = Path(settings.output_dir)
-    check_writable_folder(folder)
-    begun = (folder / "manifest.json").exists()
+    begun = os.path.exists(folder / "manifest.json")  # no error where one may not look: the folder's check says it
     if begun and not settings.resume:
         raise UserError(f"{folder} holds a run already: give another --output_dir, or leave out --resume false")
     begun_with = deciding_of(folder) if begun else {}
@@ -55,6 +54,7 @@ def main() -> int:
         if step_of(checkpoint) >= settings.max_steps and (folder / "final").exists():
             print(f"{folder} is finished; a larger --max_steps would go on with it")
             return 0
+    check_writable_folder(folder)
     if checkpoint is not None:
         if not begun:
             raise UserError(
@@ -98,7 +98,7 @@ def main() -> int:
             batch_size=settings.eval_batch_size,
         )
         prompts = prompts_that_fit(engine, drawn, settings.max_prompt_length)
-        settings.check_enough(prompts)
+        settings.check_enough(prompts, "training prompts (of at most max_prompt_length tokens)")
         engine.check_room(prompts, settings.max_completion_length, settings.train_jsonl)
         engine.check_room(held_out, settings.max_completion_length, settings.eval_jsonl)
         deciding = settings.deciding() | {

@@ -28,14 +28,22 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from alignment.errors import UserError
 from alignment.generation import TransformersEngine
-from alignment.GRPO.ranks import Stopped, folder_of_all, raise_on_all
+from alignment.GRPO.ranks import failing_together, folder_of_all
 from alignment.GRPO.reward import ConstrainedReward
 from alignment.GRPO.turns import own_turn
+from alignment.pretrained import load_whole
 from alignment.records import write_json
 from alignment.scoring.scores import WaitingScorer
 
@@ -152,8 +160,7 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
         self.phase("is scored")
         began = time.perf_counter()
         answers = [turn.answer for turn in self._turns]
-        error: Exception | None = None
-        try:
+        with failing_together(self.accelerator):  # before the gather in TRL, in which the others would wait for ever
             scores = self.scorer.score(prompts, [a.response for a in answers], [a.finished for a in answers])
             missing = ~(np.isfinite(scores.rewards) & np.isfinite(scores.costs))
             rewards, costs = (
@@ -162,9 +169,6 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
             )
             self._scores = rewards, costs
             self._truncated = sum(scores.truncated)
-        except (UserError, Stopped) as problem:
-            error = problem
-        raise_on_all(self.accelerator, error)  # before the gather in TRL, in which the others would wait for ever
         both = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (N, 2) float32
         self._seconds["score"] = time.perf_counter() - began
         rewards, costs = both.double().cpu().numpy().T
@@ -213,23 +217,35 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
             )
         return norm
 
-    # -- what is saved --------------------------------------------------------------------------------------------
+    # -- what is saved and read back ------------------------------------------------------------------------------
 
     def save_whole(self, final: Path) -> None:
         """A checkpoint to resume from, which appears under its name when all processes have written their part."""
         with folder_of_all(self.accelerator, final) as folder:
             self._saving_in = folder
             try:
-                super()._save_checkpoint(self.model, trial=None)
+                with failing_together(self.accelerator):
+                    super()._save_checkpoint(self.model, trial=None)
             finally:
                 self._saving_in = None
-            self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 inner = folder / f"checkpoint-{self.state.global_step}"
                 for path in inner.iterdir():
                     path.rename(folder / path.name)
                 inner.rmdir()
                 write_json(folder / "constraint.json", self.constraint.multiplier.state_dict())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Reads the weights as `from_pretrained` does.
+
+        transformers' own way leaves at their base values those that it has saved under other names, such as the experts of a
+        Mixtral (https://github.com/huggingface/transformers/issues/48805).
+        """
+        if isinstance(self.model, PreTrainedModel):
+            whole = load_whole(type(self.model), Path(resume_from_checkpoint), self.model.dtype)
+            self.model.load_state_dict(whole.state_dict())
+        else:  # adapters
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._saving_in or self.args.output_dir)
