@@ -11,6 +11,21 @@ from pathlib import Path
 
 from conftest import REPO
 
+ES = "alignment/ES/es-fine-tuning_alignment_accl_api.py"
+REBUILD = "alignment/ES/rebuild_checkpoint.py"
+GRPO = "alignment/GRPO/train_grpo_alignment.py"
+CLASSIFY = "alignment/evaluation/classify_reward_cost_unified.py"
+COMPARE = "alignment/evaluation/compare_models.py"
+RATE = "alignment/evaluation/gpt_elo_eval.py"
+SERVICE = "alignment/scoring/scorer_service.py"
+FIXED = "alignment/scoring/test_score_fixed_prompt.py"
+REPORT = "alignment/visualization/make_report.py"
+FIGURE = "alignment/visualization/plot_gpt_elo_figure.py"
+PARETO = "alignment/visualization/plot_pareto.py"
+GRID = "alignment/visualization/plot_reward_cost_grid.py"
+RATIOS = "alignment/visualization/plot_safety_ratios.py"
+CURVES = "alignment/visualization/plot_training_curves.py"
+
 
 @dataclass(frozen=True)
 class Done:

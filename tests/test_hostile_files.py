@@ -6,22 +6,23 @@ import json
 from pathlib import Path
 
 import pytest
-from script_here import bad_file, refused
+from script_here import (
+    CLASSIFY,
+    COMPARE,
+    CURVES,
+    ES,
+    GRID,
+    GRPO,
+    PARETO,
+    RATE,
+    RATIOS,
+    REBUILD,
+    REPORT,
+    bad_file,
+    refused,
+)
 
 from alignment.records import write_json, write_jsonl
-
-ES = "alignment/ES/es-fine-tuning_alignment_accl_api.py"
-GRPO = "alignment/GRPO/train_grpo_alignment.py"
-CLASSIFY = "alignment/evaluation/classify_reward_cost_unified.py"
-RATE = "alignment/evaluation/gpt_elo_eval.py"
-COMPARE = "alignment/evaluation/compare_models.py"
-GRID = "alignment/visualization/plot_reward_cost_grid.py"
-RATIOS = "alignment/visualization/plot_safety_ratios.py"
-PARETO = "alignment/visualization/plot_pareto.py"
-CURVES = "alignment/visualization/plot_training_curves.py"
-FIGURE = "alignment/visualization/plot_gpt_elo_figure.py"
-REPORT = "alignment/visualization/make_report.py"
-REBUILD = "alignment/ES/rebuild_checkpoint.py"
 
 NO_SCORER = ("--scorer_url", "http://127.0.0.1:9", "--scorer_max_wait", "0")
 

@@ -15,7 +15,7 @@ from broken_models import BREAKAGES, SCORE_HEADS, broken, edit_tensors, ran, wor
 from conftest import REPO, make_tokenizer, tiny_llama_config
 from fake_scorer import FakeScorer
 from safetensors.torch import load_file, save_file
-from script_here import refused
+from script_here import CLASSIFY, ES, FIXED, GRPO, REBUILD, SERVICE, refused
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from alignment.device import find_device
@@ -26,13 +26,6 @@ from alignment.generation.loading import check_headers
 from alignment.model_folder import read_config
 from alignment.records import write_jsonl
 from alignment.scoring.local_scorer import LocalScorer
-
-ES = "alignment/ES/es-fine-tuning_alignment_accl_api.py"
-GRPO = "alignment/GRPO/train_grpo_alignment.py"
-REBUILD = "alignment/ES/rebuild_checkpoint.py"
-CLASSIFY = "alignment/evaluation/classify_reward_cost_unified.py"
-FIXED = "alignment/scoring/test_score_fixed_prompt.py"
-SERVICE = "alignment/scoring/scorer_service.py"
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,23 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
-from script_here import bad_file, refused, run_script
+from script_here import (
+    CLASSIFY,
+    COMPARE,
+    CURVES,
+    ES,
+    FIGURE,
+    GRID,
+    GRPO,
+    PARETO,
+    RATE,
+    RATIOS,
+    REBUILD,
+    REPORT,
+    bad_file,
+    refused,
+    run_script,
+)
 from tokenizers import Tokenizer, models
 
 from alignment.errors import UserError
@@ -35,18 +51,6 @@ from alignment.records import (
 from alignment.runs import MetricsLog, atomic_directory
 from alignment.visualization.style import save_figure
 
-ES = "alignment/ES/es-fine-tuning_alignment_accl_api.py"
-GRPO = "alignment/GRPO/train_grpo_alignment.py"
-CLASSIFY = "alignment/evaluation/classify_reward_cost_unified.py"
-RATE = "alignment/evaluation/gpt_elo_eval.py"
-COMPARE = "alignment/evaluation/compare_models.py"
-GRID = "alignment/visualization/plot_reward_cost_grid.py"
-RATIOS = "alignment/visualization/plot_safety_ratios.py"
-PARETO = "alignment/visualization/plot_pareto.py"
-CURVES = "alignment/visualization/plot_training_curves.py"
-FIGURE = "alignment/visualization/plot_gpt_elo_figure.py"
-REPORT = "alignment/visualization/make_report.py"
-REBUILD = "alignment/ES/rebuild_checkpoint.py"
 POINT = {"prompt": "p", "response": "r", "reward": 1.0, "cost": -1.0, "label": "SH"}
 NO_SCORER = ["--scorer_url", "http://127.0.0.1:9", "--scorer_max_wait", "0"]
 

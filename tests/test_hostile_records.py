@@ -10,7 +10,7 @@ import pytest
 from conftest import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from script_here import bad_file, refused, run_script
+from script_here import CLASSIFY, bad_file, refused, run_script
 
 from alignment.config import read_yaml_mapping
 from alignment.conversation import get_template, load_tokenizer
@@ -27,7 +27,6 @@ from alignment.scoring.scores import Scores
 from alignment.visualization.plot_gpt_elo_figure import load_details, load_ratings
 from alignment.visualization.training_runs import load_runs
 
-CLASSIFY = "alignment/evaluation/classify_reward_cost_unified.py"
 SEPARATORS = [
     "\u2028",
     "\u2029",

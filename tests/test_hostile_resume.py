@@ -16,12 +16,11 @@ from fake_scorer import FakeScorer
 from grpo_script import SCRIPT as GRPO
 from grpo_script import SMALL as GRPO_SMALL
 from safetensors.torch import load_file
-from script_here import refused, run_script
+from script_here import ES, refused, run_script
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from alignment.records import read_json, read_jsonl, write_json, write_jsonl
 
-ES = "alignment/ES/es-fine-tuning_alignment_accl_api.py"
 ES_SMALL = {
     "population_size": 2,
     "batch_size": 2,

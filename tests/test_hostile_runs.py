@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 from fake_scorer import FakeScorer
+from script_here import ES
 
 from alignment.records import read_jsonl, write_jsonl
 
 pytestmark = pytest.mark.slow
-ES = "alignment/ES/es-fine-tuning_alignment_accl_api.py"
 SMALL = {"population_size": 2, "batch_size": 2, "num_iterations": 4, "max_new_tokens": 4, "sigma": 0.02, "alpha": 0.05}
 SMALL |= {"eval_every": 2, "save_every": 2, "scorer_max_wait": 3, "keep_last": 1}
 

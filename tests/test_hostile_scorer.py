@@ -13,16 +13,13 @@ import pytest
 import requests
 from fake_scorer import FakeScorer
 from scorer_process import in_process
-from script_here import refused
+from script_here import ES, FIXED, SERVICE, refused
 
 from alignment.errors import UserError
 from alignment.records import write_jsonl
 from alignment.scoring.client import ScorerClient, ScorerUnavailable
 from alignment.scoring.local_scorer import LocalScorer
 
-SERVICE = "alignment/scoring/scorer_service.py"
-FIXED = "alignment/scoring/test_score_fixed_prompt.py"
-ES = "alignment/ES/es-fine-tuning_alignment_accl_api.py"
 HALF = "\ud83d"  # the first half of an emoji: JSON can hold it, no tokenizer takes it
 
 

@@ -12,12 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import REPO
-from script_here import bad_file, refused
+from script_here import CLASSIFY, ES, GRPO, RATE, bad_file, refused
 
-ES = "alignment/ES/es-fine-tuning_alignment_accl_api.py"
-GRPO = "alignment/GRPO/train_grpo_alignment.py"
-CLASSIFY = "alignment/evaluation/classify_reward_cost_unified.py"
-RATE = "alignment/evaluation/gpt_elo_eval.py"
 PIPELINE = "slurm/pipeline.py"
 SWEEPS = "slurm/sweep_tasks.py"
 

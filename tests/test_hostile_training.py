@@ -6,13 +6,10 @@ from pathlib import Path
 
 import pytest
 from fake_scorer import FakeScorer
-from script_here import refused, run_script
+from script_here import CLASSIFY, ES, GRPO, refused, run_script
 
 from alignment.records import read_jsonl, write_jsonl
 
-ES = "alignment/ES/es-fine-tuning_alignment_accl_api.py"
-GRPO = "alignment/GRPO/train_grpo_alignment.py"
-CLASSIFY = "alignment/evaluation/classify_reward_cost_unified.py"
 NOBODY = "http://127.0.0.1:9"
 NO_MODEL = "/absent/model"  # whatever is told was told before anybody looked for it
 

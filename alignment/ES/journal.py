@@ -57,15 +57,15 @@ def read_journal(path: Path) -> tuple[dict, list[dict]]:
     for number, step in enumerate(rows[1:]):
         if step.get("iteration") != number:
             raise UserError(f"{path}:{number + 2}: expected iteration {number}, found {step.get('iteration')!r}")
-        for key, kind in (("seeds", list), ("coefficients", list)):
-            if not isinstance(step.get(key), kind):
-                raise UserError(f"{path}:{number + 2}: the step's {key} is no {kind.__name__}: {step.get(key)!r:.40}")
         _check_step(f"{path}:{number + 2}", step)
     return rows[0], rows[1:]
 
 
 def _check_step(where: str, step: dict) -> None:
     """Raises UserError when the weights cannot be taken from it."""
+    for key in ("seeds", "coefficients"):
+        if not isinstance(step.get(key), list):
+            raise UserError(f"{where}: the step's {key} is no list: {step.get(key)!r:.40}")
     seeds, coefficients = step["seeds"], step["coefficients"]
     if len(seeds) != len(coefficients) or not all(type(seed) is int for seed in seeds):
         raise UserError(f"{where}: expected whole numbers as seeds, and a coefficient for each")
