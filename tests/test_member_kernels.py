@@ -79,9 +79,9 @@ def test_slot_zero_changes_nothing():
 def test_kernels_equal_the_plain_form(parts, inputs, rank, tokens, dtype):
     y, x, right, left, slots = case(parts, inputs, rank, tokens, dtype, "cuda" if torch.cuda.is_available() else "cpu")
     bias = y[0]
-    expected = member_kernels.add_members(bias.expand_as(y), x, right, left, slots, parts)
+    expected = member_kernels.add_members(y.float() + bias.float(), x, right, left, slots, parts).to(dtype)
     inner = member_kernels.shrink(x, right, slots)
-    found = member_kernels.expand(inner, left, slots, parts, bias, dtype)
+    found = member_kernels.expand(y, inner, left, slots, parts, bias, dtype)
     step = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 8e-3}[
         dtype
     ]  # sums in another order, one rounding
@@ -93,8 +93,8 @@ def test_kernels_equal_the_plain_form(parts, inputs, rank, tokens, dtype):
     shared = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
     expected = member_kernels.add_members(shared, x, right, left, slots, parts)
     torch.testing.assert_close(whole.float(), expected, rtol=2 * step, atol=2 * step)
-    unperturbed = member_kernels.expand(inner, left, torch.zeros_like(slots), parts, None, dtype)
-    assert not unperturbed.any()
+    unperturbed = member_kernels.expand(y, inner, left, torch.zeros_like(slots), parts, None, dtype)
+    assert torch.equal(unperturbed, y)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the operation is for a GPU")

@@ -1,15 +1,13 @@
 """Low-rank members in one batch: y[t] = W x[t] + left[m] (right[m]^T x[t]), m = slots[t], with W shared by all tokens.
 
 The perturbation of EGGROLL (arXiv 2511.16652) is never written out: W + left right^T is applied as it stands, each token with
-the factors of its own member. Two Triton kernels a linear layer, `_shrink` (u[t] = right[m]^T x[t], one program a token) and
-`_expand` (left[m] u[t]), and then the shared product, which is added to theirs. q, k and v, or gate and up, share all three.
-Sums are taken in float32. Tokens need no order: at rank 1 the factors of 30 members are 0.5 MB a layer and come from the L2
-cache.
+the factors of its own member: two Triton kernels a linear layer beside the shared product, `_shrink` (u[t] = right[m]^T x[t],
+one program a token) and `_expand` (the product plus left[m] u[t]). q, k and v, or gate and up, share all three. Tokens need no
+order: at rank 1 the factors of 30 members are 0.5 MB a layer and come from the L2 cache.
 
-Estimated before it was written, for a decode step of 384 tokens of a 7B Llama at rank 1, in bytes through the cache: y once
-more 65 MB, factors and x 75 MB a layer, together about 30 us at 5 TB/s, and 8 launches of about 2 us in a CUDA graph: for 32
-layers 1.5 ms beside the step's 27 ms. Measured on an H100 (bench/es_population.py --linears; in a form that added in place
-after the product): 7.6 ms of linear layers became 8.6 at rank 1, 9.5 at rank 4 and 10.8 at rank 8.
+The product stays in float32 until `_expand` has added to it: so y is rounded once, as with the member's weights written out.
+A 16-bit product is less to write and read, but tokens then equalled those of written-out weights for 85 % of an answer, and
+94 % this way, where two plain runs agree for 97 % (H200, tests/test_vllm_members.py).
 
 The PyTorch path is for a CPU, and the oracle of the kernels. tests/test_member_kernels.py checks one against the other.
 """
@@ -99,7 +97,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["tokens"])
     def _expand(
-        y, inner, left, slots, bias, tokens,
+        y, product, inner, left, slots, bias, tokens,
         FIRST: tl.constexpr, SECOND: tl.constexpr, OUTPUTS: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
         TOKENS: tl.constexpr, COLUMNS: tl.constexpr
     ):  # fmt: skip
@@ -124,6 +122,7 @@ if triton is not None:
         token = token.to(tl.int64)
         column = start + tl.arange(0, COLUMNS)
         there = column < end
+        place = real[:, None] & there[None, :]
         total = tl.zeros([TOKENS, COLUMNS], tl.float32)
         if bias is not None:
             total += tl.load(bias + column, mask=there, other=0.0).to(tl.float32)[None, :]
@@ -135,8 +134,9 @@ if triton is not None:
                 other=0.0,
             ).to(tl.float32)
             total += own[:, None] * factor
-        place = real[:, None] & there[None, :]
-        tl.store(y + token[:, None] * OUTPUTS + column[None, :], total.to(y.dtype.element_ty), mask=place)
+        at = token[:, None] * OUTPUTS + column[None, :]
+        total += tl.load(product + at, mask=place, other=0.0).to(tl.float32)
+        tl.store(y + at, total.to(y.dtype.element_ty), mask=place)
 
 
 def shrink(x: torch.Tensor, right: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -153,6 +153,7 @@ def shrink(x: torch.Tensor, right: torch.Tensor, slots: torch.Tensor) -> torch.T
 
 
 def expand(
+    product: torch.Tensor,
     inner: torch.Tensor,
     left: torch.Tensor,
     slots: torch.Tensor,
@@ -160,22 +161,21 @@ def expand(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """(T, O) of `dtype`: inner (T, P * r) times the factors left (slots, r, O) of each token's slot, and the bias (O,)."""
-    y = torch.empty((len(inner), left.shape[2]), dtype=dtype, device=inner.device)
+    """(T, O) of `dtype`: product (T, O), contiguous, plus inner (T, P * r) times the factors left (slots, r, O) of each token's
+    slot, plus the bias (O,); summed in float32.
+    """
+    y = torch.empty(product.shape, dtype=dtype, device=product.device)
     first, second = parts[0], parts[1] if len(parts) > 1 else 0
     blocks = sum(triton.cdiv(part, EXPAND_COLUMNS) for part in parts)
     _expand[(triton.cdiv(len(y), EXPAND_TOKENS), blocks)](
-        y, inner, left, slots, bias, len(y),
+        y, product, inner, left, slots, bias, len(y),
         FIRST=first, SECOND=second, OUTPUTS=y.shape[1], RANK=left.shape[1], PARTS=len(parts),
         TOKENS=EXPAND_TOKENS, COLUMNS=EXPAND_COLUMNS, num_warps=EXPAND_WARPS,
     )  # fmt: skip
     return y
 
 
-# torch.compile and CUDA graphs see one operation. The shared product comes last and is added to what members give, in float32:
-# so y is rounded once, as with the member's weights written out. In 16 bits, which is less to read and write, cuBLAS also sums
-# parts of a long product in 16 bits: tokens then equalled those of written-out weights for 85 % of an answer, now for 94 %,
-# where two plain runs agree for 97 % (H200, tests/test_vllm_members.py).
+# torch.compile and CUDA graphs see one operation.
 _library = library.Library("alignment", "FRAGMENT")
 _library.define(
     "member_linear(Tensor x, Tensor weight, Tensor? bias, Tensor right, Tensor left, Tensor slots, int[] parts) -> Tensor"
@@ -192,17 +192,18 @@ def _member_linear(
     slots: torch.Tensor,
     parts: list[int],
 ) -> torch.Tensor:
-    y = expand(shrink(x, right, slots), left, slots, parts, bias, torch.float32)
     if x.dtype == torch.float32:
-        return y.addmm_(x, weight.t())
-    return torch.ops.aten.addmm.dtype_out(y, x, weight.t(), torch.float32, out=y).to(x.dtype)
+        product = torch.mm(x, weight.t())
+    else:
+        product = torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return expand(product, shrink(x, right, slots), left, slots, parts, bias, x.dtype)
 
 
 def _member_embedding(
     ids: torch.Tensor, weight: torch.Tensor, right: torch.Tensor, left: torch.Tensor, slots: torch.Tensor
 ) -> torch.Tensor:
     inner = left[slots[: len(ids)].long(), :, ids].float()  # (T, r)
-    return functional.embedding(ids, weight) + expand(inner, right, slots, [weight.shape[1]], None, weight.dtype)
+    return expand(functional.embedding(ids, weight), inner, right, slots, [weight.shape[1]], None, weight.dtype)
 
 
 _library.impl("member_linear", _member_linear, "CUDA")
