@@ -286,6 +286,25 @@ def test_no_more_restarts_is_a_failure_and_nothing_waits_for_it_for_ever(cluster
     assert "going on after step" in cluster.log(again)
 
 
+def test_one_task_of_an_array_is_queued_again_alone(cluster):
+    """The last task to start has the array's own number for SLURM_JOB_ID, and requeue takes that for all tasks."""
+    script = cluster.folder / "job.sh"
+    script.write_text(
+        "#!/bin/bash\n. slurm/common.sh\nbegin_job\n"
+        'case "$SLURM_ARRAY_TASK_ID:${SLURM_RESTART_COUNT:-0}" in\n'
+        '"$STOPS:0") run sleep 5; finish "$STOPPED" ;;\n'  # one of the others has ended by then, one runs
+        "0:* | $STOPS:*) ;;\n*) run sleep 15 ;;\nesac\nfinish 0\n"
+    )
+    jobs = {
+        stops: cluster.submit(str(script), options=("--array=0-2", "--requeue", "--open-mode=append"), STOPS=str(stops))
+        for stops in (1, 2)
+    }
+    assert set(cluster.finish(*jobs.values()).values()) == {"COMPLETED"}, cluster.report(*jobs.values())
+    for stops, job in jobs.items():
+        starts = [cluster.log(f"{job}_{task}").count("== job") for task in range(3)]
+        assert starts == [2 if task == stops else 1 for task in range(3)], cluster.report(job)
+
+
 def test_an_array_index_past_the_sweeps_and_a_second_cluster_are_refused(cluster):
     job = "alignment/evaluation/classify_reward_cost_unified.sh"
     refused = cluster.plain("slurm/submit.sh", "--array=0-3", job)
