@@ -163,6 +163,69 @@ def test_a_scorer_named_by_hand_reaches_the_trainer(tmp_path):
     assert "--wandb_project p --sigma 1" in flags(WANDB_PROJECT="p")
 
 
+# -- GRPO's launchers
+
+GRPO = "alignment/GRPO/run_grpo_alignment.sh"
+ACCELERATE_FILES = ["accelerate_1gpu.yaml", "accelerate_4gpu_ddp.yaml", "accelerate_4gpu_zero2.yaml"]
+
+
+def grpo_job(folder: Path, *arguments: str, **environment: str) -> list[str]:
+    """The words after `python` with which GRPO's job script starts the launcher."""
+    path = fake(folder, "srun", 'while [ "$1" != bash ]; do shift; done; "$@"\n')
+    fake(folder, "scontrol", "echo node1\n")
+    python = fake(folder, "recorder", f'[ "$1" = -c ] || printf "%s\\n" "$@" >{folder}/words\n').split(":")[0]
+    settings = {"PATH": path, "PYTHON": f"{python}/recorder", "OUTPUT_DIR": str(folder)} | environment
+    done = bash(GRPO, *arguments, **settings)
+    assert done.returncode == 0, done.stderr
+    return (folder / "words").read_text().splitlines()
+
+
+def accelerate_says(words: list[str]):
+    """What Accelerate makes of `-m accelerate.commands.launch ...`, and the command if it is not torchrun."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(words[2:]))
+    command = None
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ""
+        command, _ = prepare_deepspeed_cmd_env(arguments)
+    elif arguments.multi_gpu:
+        prepare_multi_gpu_env(arguments)
+    return arguments, command
+
+
+@pytest.mark.parametrize("own_file", [False, True])
+def test_deepspeed_on_two_nodes_is_one_group_of_torchrun(tmp_path, own_file):
+    """Accelerate's default, pdsh, would start a run of its own on each node, and write all of the environment to a file."""
+    file = REPO / "alignment" / "GRPO" / "accelerate_4gpu_zero2.yaml"
+    nodes = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NODEID": "1"}
+    if own_file:
+        lines = [line for line in file.read_text().splitlines() if "multinode" not in line]
+        file = tmp_path / "own.yaml"
+        file.write_text("\n".join(lines))
+    words = grpo_job(tmp_path, ACCELERATE_CONFIG=str(file), **nodes)
+    arguments, command = accelerate_says(words)
+    assert command is None  # not `deepspeed --launcher pdsh`
+    assert (arguments.nnodes, arguments.nproc_per_node, arguments.node_rank) == ("2", "4", 1)
+    if not own_file:  # for an `accelerate launch` by hand
+        assert yaml.safe_load(file.read_text())["deepspeed_config"]["deepspeed_multinode_launcher"] == "standard"
+
+
+def test_nodes_that_are_runs_of_their_own_are_refused(tmp_path):
+    """accelerate_1gpu.yaml on two nodes: Accelerate starts a process without a group on each."""
+    script = "alignment/GRPO/train_grpo_alignment.py"
+    told = subprocess.run(
+        [sys.executable, script, "--model_name", "m", "--output_dir", str(tmp_path / "run")],
+        cwd=REPO,
+        env=os.environ | {"EXPECTED_PROCESSES": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 2 and not (tmp_path / "run").exists()
+    assert told.stderr.startswith("error: the launcher made a group of 1 processes where the job has 2: ")
+
+
 # -- submitting
 
 

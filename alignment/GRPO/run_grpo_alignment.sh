@@ -62,12 +62,15 @@ fi
 if [ "$nodes" -gt 1 ]; then
     meeting_point
     if [ "$accelerate" = torchrun ]; then
+        each="${PROCESSES:-1}"
         launcher+=(--nnodes "$nodes" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --node_rank)
     else
         each="$(sed -n 's/^num_processes: *\([0-9]*\).*/\1/p' "$accelerate")"
         launcher+=(--num_machines "$nodes" --num_processes $((each * nodes)) --rdzv_backend static)
+        launcher+=(--deepspeed_multinode_launcher standard) # also where a file leaves it out: srun starts the nodes
         launcher+=(--main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" --machine_rank)
     fi
+    export EXPECTED_PROCESSES=$((each * nodes)) # a launcher that makes each node a run of its own is refused
     # One launcher a node; what it says first is the number of its node, which only srun's task knows.
     # shellcheck disable=SC2016 # expanded there
     launcher=(srun --ntasks="$nodes" --ntasks-per-node=1 --wait=120 bash -c 'exec "${@/#NODE_RANK/$SLURM_NODEID}"' bash

@@ -40,6 +40,12 @@ EXIT_STOPPED = 128  # plus the signal's number, as shells do
 def main() -> int:
     settings = load_settings(description=__doc__)
     processes = int(os.environ.get("WORLD_SIZE", 1))
+    expected = int(os.environ.get("EXPECTED_PROCESSES") or processes)  # the job script says it
+    if processes != expected:
+        raise UserError(
+            f"the launcher made a group of {processes} processes where the job has {expected}: several runs "
+            "in one folder; ACCELERATE_CONFIG needs a distributed_type of several processes, or take --nodes=1"
+        )
     settings.accumulation(processes)
     train_rows = load_prompts(settings.train_jsonl, settings.prompt_key)
     held_out_rows = load_prompts(settings.eval_jsonl, settings.prompt_key)
