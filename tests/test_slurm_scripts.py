@@ -212,6 +212,22 @@ def test_deepspeed_on_two_nodes_is_one_group_of_torchrun(tmp_path, own_file):
         assert yaml.safe_load(file.read_text())["deepspeed_config"]["deepspeed_multinode_launcher"] == "standard"
 
 
+@pytest.mark.parametrize("name", ACCELERATE_FILES)
+def test_two_runs_on_a_node_meet_at_ports_of_their_own(tmp_path, name):
+    file = REPO / "alignment" / "GRPO" / name
+    words = grpo_job(tmp_path, ACCELERATE_CONFIG=str(file))
+    if name == "accelerate_1gpu.yaml":
+        assert (
+            "train_grpo_alignment.py" in accelerate_says(words)[0].training_script
+        )  # it takes the flag, and meets nobody
+        return
+    ports = {accelerate_says(words)[0].master_port for _ in range(2)}
+    assert len(ports) == 2 and not ports & {"0", "29500"}
+    own = tmp_path / "own.yaml"
+    own.write_text(file.read_text() + "main_process_port: 31234\n")
+    assert accelerate_says(grpo_job(tmp_path, ACCELERATE_CONFIG=str(own)))[0].master_port == "31234"
+
+
 def test_nodes_that_are_runs_of_their_own_are_refused(tmp_path):
     """accelerate_1gpu.yaml on two nodes: Accelerate starts a process without a group on each."""
     script = "alignment/GRPO/train_grpo_alignment.py"

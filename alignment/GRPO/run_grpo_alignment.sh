@@ -77,6 +77,8 @@ if [ "$nodes" -gt 1 ]; then
         "${launcher[@]}" NODE_RANK)
 elif [ "$accelerate" = torchrun ]; then
     launcher+=(--standalone)
+elif ! grep -qs '^main_process_port:' "$accelerate"; then
+    launcher+=(--main_process_port "${MASTER_PORT:-0}") # 0: one that is free; two tasks on a node would race for 29500
 fi
 
 echo "beta ${beta}, run ${folder}"
