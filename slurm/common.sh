@@ -6,7 +6,7 @@
 #   run "${python[@]}" script.py ... || code=$?  signals reach it at once
 #   finish "$code"                               queued again if it saved and stopped at SLURM's warning
 #
-# How a job survives. Before the time limit, SLURM sends USR1 to the script (#SBATCH --signal=B:USR1@120). It is passed on;
+# How a job survives. Before the time limit, SLURM sends USR1 to the script (#SBATCH --signal=B:USR1@300). It is passed on;
 # the trainer saves and ends with 128 + USR1; the script then queues its own job again, MAX_RESTARTS times at most, and the
 # same command goes on where the run was. TERM is passed on too: it comes from scancel, which ends the job, and from
 # preemption, after which SLURM itself queues the job again (#SBATCH --requeue). `run` waits in the background, because bash

@@ -8,7 +8,7 @@
 #   VENV=.venv-cluster sbatch slurm/train_accl_alignment_api.sh --engine vllm ...           # vLLM generates
 #
 # Arguments go to the Python script (--help lists them) and win over CONFIG_FILE (alignment/ES/es_alignment.yaml). Submit it
-# from the repository root. Two minutes before the time limit the run saves and the job is queued again; a job that was
+# from the repository root. Five minutes before the time limit the run saves and the job is queued again; a job that was
 # killed, preempted or requeued goes on where its run was: to the same weights, whenever it is stopped. Settings of the site:
 # slurm/site.env (`bash slurm/submit.sh slurm/train_accl_alignment_api.sh ...` gives sbatch those that it needs).
 #SBATCH --job-name=es_alignment
@@ -19,7 +19,7 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --mem=256G
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:USR1@120
+#SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 [ -f slurm/common.sh ] || { echo "error: run this from the repository root (now in $PWD)" >&2; exit 2; }
