@@ -232,8 +232,16 @@ class Experiment:
         }
 
     def _training_arguments(self, section: dict, stage: str) -> list[str]:
+        given = self._mapping(section, stage, "arguments")
+        folder = {"es": "experiment_dir", "grpo": "output_dir"}[stage]
+        if folder in given:
+            raise UserError(
+                f"{self.path}: {stage}: arguments: {folder} is the experiment's to choose (output_dir, name)"
+            )
+        if stage == "grpo" and "beta" in given:
+            raise UserError(f"{self.path}: grpo: arguments: beta: give betas instead, a list")
         files = ["--train_jsonl", self.prompts["train_jsonl"], "--eval_jsonl", self.prompts["eval_jsonl"]]
-        return [*files, "--scorer_url", self.scorer_url or "auto", *flags(self._mapping(section, stage, "arguments"))]
+        return [*files, "--scorer_url", self.scorer_url or "auto", *flags(given)]
 
     def _summaries(self) -> list[Path]:
         return [sweep.summary for sweep in self.sweeps]

@@ -39,7 +39,7 @@ def arguments(tiny_policy, prompts):
         return [*flags, "--alpha", 0.02, "--eval_every", 20, "--save_every", 15, "--lambda_lr", 0.1]
 
     def grpo() -> list:
-        flags = ["--model_name", tiny_policy, *files, "--max_completion_length", 8, "--max_steps", 8, "--beta", 0.1]
+        flags = ["--model_name", tiny_policy, *files, "--max_completion_length", 8, "--max_steps", 8]
         flags += ["--num_generations", 4, "--prompts_per_step", 2, "--per_device_train_batch_size", 4]
         return [*flags, "--eval_every", 4, "--save_steps", 4, "--learning_rate", 1e-3, "--lambda_lr", 0.1]
 

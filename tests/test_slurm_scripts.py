@@ -219,9 +219,8 @@ def test_two_runs_on_a_node_meet_at_ports_of_their_own(tmp_path, name):
     file = REPO / "alignment" / "GRPO" / name
     words = grpo_job(tmp_path, ACCELERATE_CONFIG=str(file))
     if name == "accelerate_1gpu.yaml":
-        assert accelerate_says(words)[0].training_script.endswith(
-            "train_grpo_alignment.py"
-        )  # takes the flag, meets nobody
+        arguments, _ = accelerate_says(words)  # it takes the flag, and meets nobody
+        assert arguments.training_script.endswith("train_grpo_alignment.py")
         return
     ports = {accelerate_says(words)[0].master_port for _ in range(2)}
     assert len(ports) == 2 and not ports & {"0", "29500"}
@@ -242,6 +241,24 @@ def test_nodes_that_are_runs_of_their_own_are_refused(tmp_path):
     )
     assert told.returncode == 2 and not (tmp_path / "run").exists()
     assert told.stderr.startswith("error: the launcher made a group of 1 processes where the job has 2: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--output_dir", "x"], "--output_dir: the run's folder is OUTPUT_DIR/beta_<value>: set OUTPUT_DIR"),
+        (
+            ["--seed", "1", "--output-dir=x"],
+            "--output-dir: the run's folder is OUTPUT_DIR/beta_<value>: set OUTPUT_DIR",
+        ),
+        (["--beta=0.5"], "--beta: it names the run's folder: set BETAS, one value an array task, or BETA"),
+    ],
+)
+def test_what_names_the_folder_of_a_grpo_run_is_a_setting_of_the_job(tmp_path, arguments, told):
+    """Otherwise the warning before the time limit would go to another folder than the run."""
+    done = bash(GRPO, *arguments, PYTHON="true", OUTPUT_DIR=str(tmp_path / "runs"))
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {told}\n")
+    assert not (tmp_path / "runs").exists()
 
 
 # -- submitting
@@ -273,8 +290,8 @@ def test_sbatch_gets_the_settings_of_the_site_and_arrays_that_fit(checkout):
         return (folder / "calls").read_text().splitlines()[-1] if done.returncode == 0 else done.stderr
 
     grpo, mail = "alignment/GRPO/run_grpo_alignment.sh", "--mail-user=me@x --mail-type=FAIL,REQUEUE,END"
-    assert call("--hold", grpo, "--beta", "1", BETAS="1 2 3") == (
-        f"--exclude=n1 {mail} --time=9 --array=0-2 --hold {grpo} --beta 1"
+    assert call("--hold", grpo, "--seed", "1", BETAS="1 2 3") == (
+        f"--exclude=n1 {mail} --time=9 --array=0-2 --hold {grpo} --seed 1"
     )
     assert call("--array=2%1", grpo, BETAS="1 2 3") == f"--exclude=n1 {mail} --time=9 --array=2%1 {grpo}"
     assert call("--array=1,3-5:2", grpo) == "error: --array=1,3-5:2: there is no task 3, BETAS has 2 values: 0 to 1\n"
@@ -352,6 +369,9 @@ def content(tmp_path) -> dict:
         ({"classify": False, "report": {}}, "the stage report needs the stage classify"),
         ({"classify": {"sweeps": [{"model_name": "ES"}]}}, "two models of one name"),
         ({"classify": {"sweeps": [{}]}}, "sweep 2 has no model_name"),
+        ({"es": {"arguments": {"experiment_dir": "x"}}}, "es: arguments: experiment_dir is the experiment's to choose"),
+        ({"grpo": {"arguments": {"output_dir": "x"}}}, "grpo: arguments: output_dir is the experiment's to choose"),
+        ({"grpo": {"arguments": {"beta": 1}}}, "grpo: arguments: beta: give betas instead, a list"),
         ({"es": 3}, "es: expected 'key: value' lines, or false"),
     ],
 )

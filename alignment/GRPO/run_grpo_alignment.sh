@@ -8,10 +8,10 @@
 #       --lora_rank 16 --per_device_train_batch_size 15 ...
 #   BETA=0.1 bash alignment/GRPO/run_grpo_alignment.sh ...                                         # without SLURM
 #
-# Further arguments go to train_grpo_alignment.py and win over the file. Submit it from the repository root. The runs are
-# OUTPUT_DIR/beta_<value>, so that a task that was killed, preempted or requeued goes on where its run was; five minutes
-# before the time limit (a step must end, and optimiser states of 7B weights take their time) the run saves and the task is
-# queued again. Settings, from the environment or slurm/site.env:
+# Further arguments go to train_grpo_alignment.py and win over the file (--output_dir and --beta are the settings below).
+# Submit it from the repository root. The runs are OUTPUT_DIR/beta_<value>, so that a task that was killed, preempted or
+# requeued goes on where its run was; five minutes before the time limit (a step must end, and optimiser states of 7B weights
+# take their time) the run saves and the task is queued again. Settings, from the environment or slurm/site.env:
 #   BETAS               values of beta, one an array task      0.01 0.1
 #   CONFIG_FILE         settings of the runs                   alignment/GRPO/grpo_alignment.yaml
 #   ACCELERATE_CONFIG   GPUs and how they share the model      alignment/GRPO/accelerate_4gpu_zero2.yaml
@@ -35,6 +35,13 @@
 . slurm/common.sh
 begin_job
 
+# The warning before the time limit goes to the run's folder, which is known here.
+for argument in "$@"; do
+    case "$argument" in
+    --output[_-]dir | --output[_-]dir=*) fail "${argument%%=*}: the run's folder is OUTPUT_DIR/beta_<value>: set OUTPUT_DIR" ;;
+    --beta | --beta=*) fail "--beta: it names the run's folder: set BETAS, one value an array task, or BETA" ;;
+    esac
+done
 read -r -a betas <<<"${BETAS:-0.01 0.1}"
 task="${SLURM_ARRAY_TASK_ID:-0}"
 if [ -z "${BETA:-}" ] && [ "$task" -ge "${#betas[@]}" ]; then
