@@ -115,8 +115,9 @@ begin_job() {
     fi
 }
 
+# A TERM after the warning is the time limit itself: the warning stays the reason, and the job is queued again.
 on_signal() {
-    received="$1"
+    if [ "$received" != USR1 ]; then received="$1"; fi
     interrupted=yes
     if [ -n "${child:-}" ]; then stop_child "$1"; fi
 }

@@ -145,6 +145,34 @@ def test_signals_reach_the_program_and_only_a_saved_run_is_queued_again(tmp_path
     assert ("requeue" in output) == (expected == 0)
 
 
+SERVICE = """import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print("stopping", flush=True), time.sleep(1), sys.exit(0)))
+print("up", flush=True)
+time.sleep(30)
+"""
+
+
+def test_a_term_after_the_warning_does_not_take_its_place(tmp_path):
+    """The time limit comes while the scorer still answers what it has: its job is queued again all the same."""
+    path = fake(tmp_path, "scontrol", 'echo "$*"\n')
+    fake(tmp_path, "python", f'[ "$1" = -c ] || exec {sys.executable} -c "$SERVICE"\n')
+    environment = os.environ | {"PATH": path, "PYTHON": "python", "SITE_ENV": "/dev/null", "SERVICE": SERVICE}
+    with subprocess.Popen(
+        ["bash", "slurm/run_scorer_service.sh"],
+        cwd=REPO,
+        env=environment | {"SLURM_JOB_ID": "7"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as job:
+        for word, number in (("up", signal.SIGUSR1), ("stopping", signal.SIGTERM)):
+            while word not in job.stdout.readline():
+                assert job.poll() is None
+            job.send_signal(number)
+        output = job.stdout.read()
+    assert (job.returncode, "requeue 7" in output) == (0, True), output
+
+
 def test_a_job_that_was_queued_again_too_often_ends_at_once(tmp_path):
     done = bash("-c", JOB, CHILD="print('never')", SLURM_JOB_ID="7", SLURM_RESTART_COUNT="3", MAX_RESTARTS="2")
     assert done.returncode == 2 and "never" not in done.stdout
