@@ -154,7 +154,7 @@ finish() {
     echo "$what, queued again"
     # Of an array, this task alone: the SLURM_JOB_ID of one of its tasks is the number of the whole array.
     local job="$SLURM_JOB_ID"
-    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"; fi
+    if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"; fi
     if ! scontrol requeue "$job"; then
         echo "error: $what, but SLURM does not queue this job again: submit it again to go on" >&2
         exit "$code"

@@ -395,6 +395,7 @@ def test_the_job_script_sweeps_saves_before_the_limit_and_is_queued_again(tiny_p
         "ACCELERATE_CONFIG": str(accelerate),
         "OUTPUT_DIR": str(run.parent),
         "BETAS": "0.01 0.1",
+        "SLURM_ARRAY_JOB_ID": "70",
         "SLURM_ARRAY_TASK_ID": "1",
         "SLURM_JOB_ID": "77",
     }
@@ -423,7 +424,7 @@ def test_the_job_script_sweeps_saves_before_the_limit_and_is_queued_again(tiny_p
         output, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
         assert "stopped after step 3, queued again" in output
-        assert "scontrol requeue 77" in output
+        assert "scontrol requeue 70_1" in output
         again = subprocess.run(job, cwd=REPO, env=environment, capture_output=True, text=True, timeout=300)
         assert again.returncode == 0, again.stderr
     assert "going on after step 3" in again.stdout
@@ -433,3 +434,21 @@ def test_the_job_script_sweeps_saves_before_the_limit_and_is_queued_again(tiny_p
     too_many = environment | {"SLURM_ARRAY_TASK_ID": "2"}
     done = subprocess.run(job, cwd=REPO, env=too_many, capture_output=True, text=True, timeout=60)
     assert (done.returncode, "use --array=0-1" in done.stderr) == (2, True)
+
+
+@pytest.mark.slow
+def test_a_stop_during_start_up_is_heeded_and_an_old_one_is_not(tiny_policy, prompts, tmp_path):
+    run, job = tmp_path / "run", {"STOP_CLEARED": "yes"}  # as the job script says it
+    run.mkdir()
+    (run / "stop").touch()  # it came after the job script had looked
+    began = time.monotonic()
+    away = run_script(tiny_policy, "http://127.0.0.1:9", prompts, run, environment=job, scorer_max_wait=60)
+    assert (away.returncode, time.monotonic() - began < 50) == (143, True), away.stderr
+    assert read_json(run / "stopped.json") == {"iteration": 0, "signal": None}
+    with FakeScorer() as scorer:
+        early = run_script(tiny_policy, scorer.url, prompts, run, environment=job)
+        assert early.returncode == 143, early.stderr
+        assert read_json(run / "stopped.json") == {"iteration": 1, "signal": None}
+        done = run_script(tiny_policy, scorer.url, prompts, run)
+    assert (done.returncode, "going on after step 1" in done.stdout) == (0, True), done.stderr
+    assert not (run / "stop").exists() and not (run / "stopped.json").exists()

@@ -271,6 +271,15 @@ def test_nodes_that_are_runs_of_their_own_are_refused(tmp_path):
     assert told.stderr.startswith("error: the launcher made a group of 1 processes where the job has 2: ")
 
 
+def test_what_an_earlier_start_left_goes_before_the_launcher_starts(tmp_path):
+    """The training script would do it after loading, and lose a warning that came meanwhile."""
+    (tmp_path / "beta_0.01").mkdir()
+    for name in ("stop", "stopped.json"):
+        (tmp_path / "beta_0.01" / name).touch()
+    grpo_job(tmp_path)
+    assert list((tmp_path / "beta_0.01").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

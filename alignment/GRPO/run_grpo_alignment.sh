@@ -88,6 +88,9 @@ elif ! grep -qs '^main_process_port:' "$accelerate"; then
     launcher+=(--main_process_port "${MASTER_PORT:-0}") # 0: one that is free; two tasks on a node would race for 29500
 fi
 
+# What an earlier start has left; a stop that comes from now on is heeded, however long loading takes.
+rm -f "$folder/stop" "$folder/stopped.json"
+export STOP_CLEARED=yes
 echo "beta ${beta}, run ${folder}"
 code=0
 run "${launcher[@]}" alignment/GRPO/train_grpo_alignment.py --config "$config" \

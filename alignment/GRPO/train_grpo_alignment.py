@@ -61,6 +61,10 @@ def main() -> int:
             print(f"{folder} is finished; a larger --max_steps would go on with it")
             return 0
     check_writable_folder(folder)
+    first = int(os.environ.get("RANK", 0)) == 0
+    if first and "STOP_CLEARED" not in os.environ:  # a job script does it before the launcher starts
+        for name in ("stop", "stopped.json"):
+            (folder / name).unlink(missing_ok=True)
     if checkpoint is not None:
         if not begun:
             raise UserError(
@@ -78,14 +82,26 @@ def main() -> int:
     )  # renamed in some supported versions
     from alignment.generation import TransformersEngine
     from alignment.GRPO.data import prompts_that_fit, run_order
+    from alignment.GRPO.ranks import Stopped
     from alignment.GRPO.reward import ConstrainedReward
     from alignment.GRPO.run import Run
     from alignment.GRPO.trainer import ConstrainedGRPOTrainer
     from alignment.GRPO.trl_config import adapter_config, trl_config, weights_dtype
     from alignment.lagrangian import LagrangeMultiplier
     from alignment.runs import StopSignal, write_run_files
-    from alignment.scoring.client import ScorerClient
+    from alignment.scoring.client import SAY_EVERY, ScorerClient
     from alignment.scoring.scores import deciding as deciding_part
+
+    told = 0.0
+
+    def show_waiting(seconds: float) -> None:
+        """Until the run does it: a line a minute, and no more waiting once a stop came."""
+        nonlocal told
+        if (folder / "stop").exists():
+            raise Stopped
+        if seconds - told >= SAY_EVERY:
+            told = seconds
+            print(f"waiting for the scorer, {seconds / 60:.0f} min", file=sys.stderr, flush=True)
 
     with StopSignal() as stop:
         args = trl_config(settings, folder)
@@ -94,8 +110,12 @@ def main() -> int:
             batch_size=settings.scorer_batch_size,
             max_wait=settings.scorer_max_wait,
             expected_identity=begun_with.get("scorer"),  # of several, "auto" then takes the one that the run began with
+            on_wait=show_waiting,
         )
-        scorer.wait_until_ready()
+        try:
+            scorer.wait_until_ready()
+        except Stopped:
+            return stopped(folder, step_of(checkpoint), stop.received, first)
         engine = TransformersEngine(
             settings.model_name,
             template=settings.policy_template,
@@ -136,21 +156,22 @@ def main() -> int:
                 print(
                     f"{len(drawn) - len(prompts)} of {len(drawn)} training prompts are longer than max_prompt_length and left out"
                 )
-            for name in ("stop", "stopped.json"):
-                (folder / name).unlink(missing_ok=True)
         finished = Run(settings, trainer, held_out, folder, stop).train()
         step = trainer.state.global_step
-        if not finished and main_process:
-            write_json(folder / "stopped.json", {"iteration": step, "signal": stop.received and stop.received.name})
+        code = 0 if finished else stopped(folder, step, stop.received, main_process)
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
-    if finished:
-        if main_process:
-            print(f"finished: the aligned policy is in {folder / 'final'}, the best held-out one in {folder / 'best'}")
-        return 0
+    if finished and main_process:
+        print(f"finished: the aligned policy is in {folder / 'final'}, the best held-out one in {folder / 'best'}")
+    return code
+
+
+def stopped(folder: Path, step: int, received: signal.Signals | None, main_process: bool) -> int:
+    """Says that the run stopped after `step`, for job scripts in a file; returns the exit code."""
     if main_process:
-        print(f"stopped after step {step}; go on with: {shlex.join([sys.executable, *sys.argv])}")
-    return EXIT_STOPPED + (stop.received or signal.SIGTERM)
+        write_json(folder / "stopped.json", {"iteration": step, "signal": received and received.name})
+        print(f"stopped after step {step}; go on with: {shlex.join([sys.executable, *sys.argv])}", flush=True)
+    return EXIT_STOPPED + (received or signal.SIGTERM)
 
 
 if __name__ == "__main__":
