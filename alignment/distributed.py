@@ -72,11 +72,11 @@ class Processes:
             try:
                 message = [(work(), None)]
             except UserError as error:
-                message = [(None, str(error))]
+                message = [(None, error)]
         self._talk(lambda: dist.broadcast_object_list(message, src=0))
         result, problem = message[0]
         if problem is not None:
-            raise UserError(problem)
+            raise problem
         return result
 
     def request_stop(self) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
+EXIT_PASSING = 75  # EX_TEMPFAIL: job scripts are queued again (slurm/common.sh)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what shells and SLURM expect
 
@@ -19,9 +20,15 @@ class UserError(Exception):
     exit_code = EXIT_USER_ERROR
 
 
+class PassingError(UserError):
+    """What passes without the user: the same command goes on once it has."""
+
+    exit_code = EXIT_PASSING
+
+
 def run_main(main: Callable[[], int | None]) -> None:
-    """Runs a script's `main` and exits: 0 or what it returns, 2 for a UserError or a full disk (one line, no trace), 130 for
-    Ctrl-C."""
+    """Runs a script's `main` and exits: 0 or what it returns, 2 for a UserError or a full disk (one line, no trace), 75 for
+    what passes (PassingError), 130 for Ctrl-C."""
     threading.excepthook = _tell_of_thread
     try:
         sys.exit(main() or 0)

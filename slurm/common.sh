@@ -8,11 +8,12 @@
 #
 # How a job survives. Before the time limit, SLURM sends USR1 to the script (#SBATCH --signal=B:USR1@300). It is passed on;
 # the trainer saves and ends with 128 + USR1; the script then queues its own job again, MAX_RESTARTS times at most, and the
-# same command goes on where the run was. TERM is passed on too: it comes from scancel, which ends the job, and from
-# preemption, after which SLURM itself queues the job again (#SBATCH --requeue). `run` waits in the background, because bash
-# runs no trap while it waits for a command in the foreground.
+# same command goes on where the run was. So it does after exit code 75: the scorer stayed away. TERM is passed on too: it
+# comes from scancel, which ends the job, and from preemption, after which SLURM itself queues the job again (#SBATCH
+# --requeue). `run` waits in the background, because bash runs no trap while it waits for a command in the foreground.
 
 STOPPED=138 # 128 + SIGUSR1: saved and stopped, as the trainers say; also what is left of a script that a USR1 ended
+PASSING=75  # no scorer answered for long; all is saved (alignment/errors.py)
 
 fail() {
     echo "error: $*" >&2
@@ -142,11 +143,28 @@ run() {
     return "$code"
 }
 
+# Whether a scorer will come: not when SLURM has no job that is the experiment's scorer.
+scorer_may_come() {
+    [ -z "${EXPERIMENT_ID:-}" ] || [ -n "$(squeue --noheader --me --name="scorer.$EXPERIMENT_ID,scorer_service" 2>&1)" ]
+}
+
 # finish CODE ["stopped after step 3"]: ends the script with the command's exit code; a job that saved and stopped at the
-# warning is queued again instead.
+# warning, or because the scorer was away, is queued again instead.
 finish() {
     local code="$1" what="${2:-stopped and saved}" restarts="${SLURM_RESTART_COUNT:-0}"
-    if ! in_job || [ "$code" != "$STOPPED" ]; then exit "$code"; fi
+    in_job || exit "$code"
+    case "$code" in
+    "$STOPPED") ;;
+    "$PASSING")
+        if [ "${received:-}" = TERM ]; then exit "$code"; fi
+        if ! scorer_may_come; then
+            echo "error: $what, and SLURM has no job of its scorer, scorer.$EXPERIMENT_ID: submit one, and this again" >&2
+            exit "$code"
+        fi
+        what="$what for want of a scorer"
+        ;;
+    *) exit "$code" ;;
+    esac
     if [ "$restarts" -ge "${MAX_RESTARTS:-20}" ]; then
         echo "error: $what; queued again $restarts times already (MAX_RESTARTS): submit it again to go on" >&2
         exit "$code"
@@ -159,6 +177,8 @@ finish() {
         echo "error: $what, but SLURM does not queue this job again: submit it again to go on" >&2
         exit "$code"
     fi
+    # A scorer that waits in the queue is not waited for on GPUs.
+    if [ "$code" = "$PASSING" ]; then scontrol update "jobid=$job" "starttime=now+${SCORER_PAUSE:-900}" || true; fi
     exit 0
 }
 

@@ -94,7 +94,7 @@ def test_a_scorer_that_is_gone_ends_all_processes_with_one_line(tiny_policy, pro
     run = tmp_path / "run"
     with FakeScorer(lambda number, body: FakeScorer.scores(body) if number < 20 else 503) as scorer:
         done = run_script(tiny_policy, scorer.url, prompts, run, **SETTINGS, num_engines=2)
-    assert done.returncode == 2
+    assert done.returncode == 75
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
     assert scorer.url in lines[0]

@@ -256,6 +256,41 @@ def test_several_nodes_and_jobs_with_a_scorer_of_their_own(cluster, arguments, s
     assert state(scorer) == "RUNNING"
 
 
+def test_trainers_whose_scorer_waits_in_the_queue_are_queued_again(cluster, arguments, scorer_settings):
+    """As when the scorer meets its time limit first and the cluster is full; without its job they fail."""
+    scorer = cluster.submit(SCORER_SCRIPT, EXPERIMENT_ID="away", **scorer_settings)
+    common = {"EXPERIMENT_ID": "away", "SCORER_PAUSE": "5", "MAX_RESTARTS": "90"}
+    wait = ("--scorer_max_wait", 4)
+    es = cluster.submit(
+        ES_SCRIPT, *arguments["es"](cluster.folder / "es", 60), *wait, options=("--ntasks-per-node=2",), **common
+    )
+    runs = grpo_settings(cluster.folder)
+    grpo = cluster.submit(
+        GRPO_SCRIPT, *arguments["grpo"](), *wait, "--max_steps", 30, options=("--array=1",), **common, **runs
+    )
+    report = lambda: cluster.report(scorer, es, f"{grpo}_1")  # noqa: E731
+    until(lambda: steps(cluster.folder / "es") >= 1, "a step of es", report=report)
+    until(lambda: steps(cluster.folder / "beta_0.2") >= 1, "a step of grpo", report=report)
+    slurm("scontrol", "requeuehold", scorer)
+    for job in (es, grpo):
+        until(
+            lambda job=job: field(job, "Restarts") not in ("0", "unknown"), f"{job} to be queued again", report=report
+        )
+    slurm("scontrol", "release", scorer)
+    assert cluster.finish(es, grpo) == {es: "COMPLETED", grpo: "COMPLETED"}, report()
+    for job, step in ((es, "stopped and saved"), (f"{grpo}_1", r"stopped after step \d+")):
+        assert re.search(step + " for want of a scorer, queued again", cluster.log(job)), report()
+        assert "going on after step" in cluster.log(job), report()
+
+    slurm("scancel", scorer)
+    until(lambda: not queue(scorer), "the scorer's end")
+    alone = cluster.submit(
+        ES_SCRIPT, *arguments["es"](cluster.folder / "alone"), *wait, options=("--ntasks-per-node=1",), **common
+    )
+    assert cluster.finish(alone) == {alone: "FAILED"}
+    assert "SLURM has no job of its scorer, scorer.away" in cluster.log(alone)
+
+
 def test_no_more_restarts_is_a_failure_and_nothing_waits_for_it_for_ever(cluster, arguments, scorer_settings):
     scorer = cluster.submit(SCORER_SCRIPT, EXPERIMENT_ID="end", **scorer_settings)
     run = cluster.folder / "run"

@@ -173,6 +173,35 @@ def test_a_term_after_the_warning_does_not_take_its_place(tmp_path):
     assert (job.returncode, "requeue 7" in output) == (0, True), output
 
 
+@pytest.mark.parametrize(
+    ("queue", "environment", "expected", "told"),
+    [
+        (
+            "12 R",
+            {},
+            0,
+            "stopped and saved for want of a scorer, queued again\nrequeue 7\nupdate jobid=7 starttime=now+900\n",
+        ),
+        ("", {}, 75, "SLURM has no job of its scorer, scorer.e: submit one, and this again\n"),
+        ("", {"EXPERIMENT_ID": ""}, 0, "queued again\nrequeue 7\n"),  # a scorer by hand: who knows
+        ("12 R", {"SLURM_RESTART_COUNT": "2"}, 75, "queued again 2 times already (MAX_RESTARTS)"),
+        (
+            "12 R",
+            {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1", "SCORER_PAUSE": "3"},
+            0,
+            "jobid=5_1 starttime=now+3\n",
+        ),
+        ("12 R", {"received": "TERM"}, 75, ""),
+    ],
+)
+def test_a_job_whose_scorer_stays_away_is_queued_again_while_one_may_come(tmp_path, queue, environment, expected, told):
+    path = fake(tmp_path, "scontrol", 'echo "$*"\n')
+    fake(tmp_path, "squeue", f"echo '{queue}'\n")
+    environment = {"SLURM_JOB_ID": "7", "EXPERIMENT_ID": "e", "MAX_RESTARTS": "2"} | environment
+    done = bash("-c", '. slurm/common.sh; finish "$PASSING"', PATH=path, **environment)
+    assert (done.returncode, told in done.stdout + done.stderr) == (expected, True), done.stdout + done.stderr
+
+
 def test_a_job_that_was_queued_again_too_often_ends_at_once(tmp_path):
     done = bash("-c", JOB, CHILD="print('never')", SLURM_JOB_ID="7", SLURM_RESTART_COUNT="3", MAX_RESTARTS="2")
     assert done.returncode == 2 and "never" not in done.stdout

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from alignment.config import as_yaml, load_config
 from alignment.distributed import Processes, launch
-from alignment.errors import EXIT_USER_ERROR, UserError, run_main
+from alignment.errors import UserError, run_main
 from alignment.ES.journal import begun_with, check_settings
 from alignment.ES.settings import ESSettings
 from alignment.prompts import draw_rows, text_hash
@@ -90,10 +90,10 @@ def main() -> int:
         with StopSignal() as stop:
             try:
                 finished = trainer.run(stop)
-            except UserError:  # every process knows it; one says it
+            except UserError as error:  # every process knows it; one says it
                 if processes.is_main:
                     raise
-                return EXIT_USER_ERROR
+                return error.exit_code
     processes.close()
     if finished:
         if processes.is_main:

@@ -218,7 +218,7 @@ class ESTrainer:
         for rows, _, _, _ in everyones:
             done |= rows
         if error := next((error for _, _, _, error in everyones if error), None):
-            raise UserError(error)
+            raise error
         if any(stopped for _, _, stopped, _ in everyones):
             return False
 
@@ -237,9 +237,9 @@ class ESTrainer:
 
     def _evaluate_members(
         self, t: int, groups: list[tuple[int, ...]], prompts: list[str], finished: Set[int]
-    ) -> tuple[dict[int, dict], dict[str, float], bool, str | None]:
+    ) -> tuple[dict[int, dict], dict[str, float], bool, UserError | None]:
         """This process's share but what is `finished`: scored rows by member, seconds, whether a signal ended it early, an
-        error's text.
+        error.
         """
         own: dict[int, dict] = {}
         seconds = {"perturb": 0.0, "generate": 0.0, "wait_for_scores": 0.0}
@@ -266,7 +266,7 @@ class ESTrainer:
         except _StoppedWaiting:
             pass
         except UserError as error:  # all processes end together, each with its finished members saved
-            return own, seconds, False, str(error)
+            return own, seconds, False, error
         finally:
             for _, future in pending:
                 future.cancel()
@@ -418,11 +418,11 @@ class ESTrainer:
         except _StoppedWaiting:
             stopped = True
         except UserError as failure:
-            error = str(failure)
+            error = failure
         merged: dict[int, dict] = {}
         for others_points, others_stopped, others_error in self.processes.gather((points, stopped, error)):
             if others_error:
-                raise UserError(others_error)
+                raise others_error
             stopped |= others_stopped
             merged |= others_points
         if stopped:

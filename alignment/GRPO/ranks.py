@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from alignment.errors import UserError
+from alignment.errors import PassingError, UserError
 from alignment.runs import atomic_directory
 
 
@@ -22,22 +22,25 @@ class Stopped(Exception):
 def failing_together(accelerator: Accelerator) -> Iterator[None]:
     """All processes go through this, and none leaves it before the others: what one fails at in it, all raise.
 
-    The first rank that failed raises its error, with its trace, and the others a UserError of the same words. A Stopped of one
-    process wins over errors of others, which it may have caused.
+    The first rank that failed raises its error, with its trace, and the others a UserError or PassingError of the same words. A
+    Stopped of one process wins over errors of others, which it may have caused.
     """
     error: Exception | None = None
     try:
         yield
     except Exception as problem:
         error = problem
-    told = gather_object([None if error is None else (isinstance(error, Stopped), str(error))])
+    told = gather_object(
+        [None if error is None else (isinstance(error, Stopped), str(error), isinstance(error, PassingError))]
+    )
     found = [one for one in told if one is not None]
-    if any(stopped for stopped, _ in found):
+    if any(stopped for stopped, _, _ in found):
         raise Stopped
     if found:
         if error is not None and told.index(found[0]) == accelerator.process_index:
             raise error
-        raise UserError(found[0][1]) from error
+        _, text, passing = found[0]
+        raise (PassingError if passing else UserError)(text) from error
 
 
 def on_any(accelerator: Accelerator, flag: bool) -> bool:

@@ -95,8 +95,10 @@ echo "beta ${beta}, run ${folder}"
 code=0
 run "${launcher[@]}" alignment/GRPO/train_grpo_alignment.py --config "$config" \
     --beta "$beta" --seed "${SEED:-42}" --output_dir "$folder" "${scorer[@]}" "${wandb[@]}" "$@" || code=$?
-# Launchers lose the exit code; the file says that the run saved and stopped. After a TERM this script queues nothing.
-if [ "$received" = USR1 ] && [ -f "$folder/stopped.json" ]; then
-    finish "$STOPPED" "stopped after step $(sed -n 's/.*"iteration": \([0-9]*\).*/\1/p' "$folder/stopped.json")"
+# Launchers lose the exit code; the file says that the run saved and stopped, and why. After a TERM this script queues nothing.
+if [ -f "$folder/stopped.json" ]; then
+    what="stopped after step $(sed -n 's/.*"iteration": \([0-9]*\).*/\1/p' "$folder/stopped.json")"
+    if grep -q "\"exit_code\": $PASSING" "$folder/stopped.json"; then finish "$PASSING" "$what"; fi
+    if [ "$received" = USR1 ]; then finish "$STOPPED" "$what"; fi
 fi
 finish "$code"

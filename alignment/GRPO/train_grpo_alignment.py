@@ -13,15 +13,17 @@ waits to be gone on with; launchers lose the exit code, so job scripts look at t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from alignment.config import as_yaml
-from alignment.errors import UserError, run_main
+from alignment.errors import PassingError, UserError, run_main
 from alignment.GRPO.checkpoints import (
     check_same_run,
     check_weights,
@@ -103,7 +105,7 @@ def main() -> int:
             told = seconds
             print(f"waiting for the scorer, {seconds / 60:.0f} min", file=sys.stderr, flush=True)
 
-    with StopSignal() as stop:
+    with StopSignal() as stop, telling_what_passes(folder):
         args = trl_config(settings, folder)
         scorer = ScorerClient(
             settings.scorer_url,
@@ -164,6 +166,18 @@ def main() -> int:
     if finished and main_process:
         print(f"finished: the aligned policy is in {folder / 'final'}, the best held-out one in {folder / 'best'}")
     return code
+
+
+@contextlib.contextmanager
+def telling_what_passes(folder: Path) -> Iterator[None]:
+    """Launchers lose the exit code 75 too: any process tells it, because the first that ends may be any."""
+    try:
+        yield
+    except PassingError as error:
+        with contextlib.suppress(UserError):
+            step = step_of(newest_checkpoint(folder))
+            write_json(folder / "stopped.json", {"iteration": step, "signal": None, "exit_code": error.exit_code})
+        raise
 
 
 def stopped(folder: Path, step: int, received: signal.Signals | None, main_process: bool) -> int:

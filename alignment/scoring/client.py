@@ -28,7 +28,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from alignment.errors import UserError
+from alignment.errors import PassingError, UserError
 from alignment.scoring.connection import FIRST_PAUSE, IDENTITY_HEADER, LONGEST_PAUSE, Endpoint, Retry
 from alignment.scoring.discovery import ScorerNotFound, find_from_environment, read_secret
 from alignment.scoring.scores import Scores, deciding
@@ -41,7 +41,7 @@ AUTO = "auto"
 Answer = TypeVar("Answer")
 
 
-class ScorerUnavailable(UserError):
+class ScorerUnavailable(PassingError):
     """No scorer gave a usable answer for `max_wait` seconds, or not all of them before the deadline."""
 
 
