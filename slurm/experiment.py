@@ -189,9 +189,8 @@ class Experiment:
             raise UserError(
                 f"{self.path}: two models of one name among {', '.join(names)} (base_name, classify: sweeps)"
             )
-        stage = Stage(
-            "classify", CLASSIFY_SCRIPT, [], {"CONFIG_FILE": str(self.sweep_file)}, tasks=names, asks_scorer=True
-        )
+        environment = {"CONFIG_FILE": str(self.sweep_file), "SWEEP": ""}
+        stage = Stage("classify", CLASSIFY_SCRIPT, [], environment, tasks=names, asks_scorer=True)
         stage.is_done = lambda task: self.sweeps[task].is_done()
         return stage
 

@@ -52,6 +52,10 @@ classify_reward_cost_unified.sh)
     config="${CONFIG_FILE:-alignment/evaluation/sweep_configs.yaml}"
     last="$("${python[@]}" slurm/sweep_tasks.py last "$config")"
     source="$config has $((last + 1)) sweeps"
+    if [ -n "${SWEEP:-}" ]; then
+        last=0
+        source="SWEEP is $SWEEP"
+    fi
     ;;
 *) add "${CPU_SBATCH:-}" ;;
 esac

@@ -402,6 +402,37 @@ def test_a_finished_sweep_is_skipped_unless_forced(tmp_path):
     assert (missing.returncode, missing.stderr) == (2, f"error: {sweeps} has no sweep 1; it has 0 a b\n")
 
 
+def test_a_sweep_that_is_named_wins_over_the_scripts_own_array(tmp_path, checkout):
+    """`SWEEP=b sbatch SCRIPT` has task 0 of #SBATCH --array=0."""
+    sweeps = tmp_path / "sweeps.yaml"
+    sweeps.write_text("sweeps: [{model_name: a}, {model_name: b}]\n")
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    job = "alignment/evaluation/classify_reward_cost_unified.sh"
+
+    def classify(**environment: str) -> subprocess.CompletedProcess:
+        return bash(job, CONFIG_FILE=str(sweeps), PYTHON=str(python), **environment)
+
+    def array(tasks: int, task: int) -> dict[str, str]:
+        return {"SLURM_ARRAY_TASK_COUNT": str(tasks), "SLURM_ARRAY_TASK_ID": str(task)}
+
+    assert "--sweep b --sweep_config" in classify(SWEEP="b", **array(1, 0)).stdout
+    assert "--sweep b --sweep_config" in classify(SWEEP="b").stdout
+    assert "--sweep 1 --sweep_config" in classify(**array(2, 1)).stdout
+    assert "--sweep 1 --sweep_config" in classify(SWEEP="", **array(2, 1)).stdout
+    for one in (array(2, 0), array(1, 1)):
+        done = classify(SWEEP="b", **one)
+        assert done.returncode == 2
+        assert done.stderr == (
+            f"error: SWEEP is b, and this is array task {one['SLURM_ARRAY_TASK_ID']}: give SWEEP or --array\n"
+        )
+    folder, path = checkout
+    (folder / "logs").mkdir()
+    bash("slurm/submit.sh", job, cwd=folder, PATH=path, CONFIG_FILE=str(sweeps), SWEEP="b")
+    assert (folder / "calls").read_text().splitlines()[-1] == f"--array=0-0 {job}"
+
+
 # -- experiments
 
 

@@ -4,6 +4,7 @@
 #   bash slurm/submit.sh alignment/evaluation/classify_reward_cost_unified.sh         # all entries of the file
 #   sbatch --array=0-2 alignment/evaluation/classify_reward_cost_unified.sh           # entries 0 to 2
 #   CONFIG_FILE=my_sweeps.yaml bash slurm/submit.sh alignment/evaluation/classify_reward_cost_unified.sh
+#   SWEEP=ES-500 sbatch alignment/evaluation/classify_reward_cost_unified.sh          # one, by its index or model_name
 #   SWEEP=ES-500 bash alignment/evaluation/classify_reward_cost_unified.sh            # without SLURM
 #
 # Further arguments go to the Python script and win over the file. Run it from the repository root. A task that was killed
@@ -24,7 +25,11 @@
 [ -f slurm/common.sh ] || { echo "error: run this from the repository root (now in $PWD)" >&2; exit 2; }
 . slurm/common.sh
 begin_job
-sweep="${SLURM_ARRAY_TASK_ID:-${SWEEP:-0}}"
+sweep="${SWEEP:-${SLURM_ARRAY_TASK_ID:-0}}"
+# SWEEP wins over the script's own --array=0, but not over an array that was asked for.
+if [ -n "${SWEEP:-}" ] && [ "${SLURM_ARRAY_TASK_ID:-0}:${SLURM_ARRAY_TASK_COUNT:-1}" != 0:1 ]; then
+    fail "SWEEP is $SWEEP, and this is array task $SLURM_ARRAY_TASK_ID: give SWEEP or --array"
+fi
 config="${CONFIG_FILE:-alignment/evaluation/sweep_configs.yaml}"
 if [ "${FORCE:-0}" != 1 ]; then
     code=0
