@@ -4,7 +4,8 @@
     python slurm/sweep_tasks.py todo alignment/evaluation/sweep_configs.yaml 2         # exit code 3: entry 2 is done
     python slurm/sweep_tasks.py remove alignment/evaluation/sweep_configs.yaml 2       # takes its results away
 
-An entry is done when its summary is there, is about the same policy, and is newer than the policy's files.
+An entry is done when its summary is there, is about the same answers (policy, checkpoint, journal and step, or file), and is
+newer than the files of policy and answers. A journal is only added to: what it says up to a step stays.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from alignment.config import read_yaml_mapping, script_parser
 from alignment.errors import UserError, run_main
+from alignment.evaluation.classify_settings import SOURCE_KEYS, source_of
 from alignment.evaluation.points import DEFAULT_FOLDER, model_file
 from alignment.evaluation.sweeps import defaults_and_sweeps
 from alignment.records import read_object
@@ -30,33 +32,39 @@ class Sweep:
     name: str
     policy: str | None
     folder: Path
+    source: str  # what is classified, in the summary's words
+    files: tuple[str | None, ...]  # what the answers come from, besides a journal
 
     @property
     def summary(self) -> Path:
         return model_file(self.folder, self.name, "summary.json")
 
     def is_done(self) -> bool:
-        return self.summary.exists() and self._same_policy() and self.summary.stat().st_mtime >= newest(self.policy)
+        return self.summary.exists() and self._same_source() and self.summary.stat().st_mtime >= self._changed()
 
     def is_outdated(self) -> bool:
         """Whether there are results of this policy as it was before it was trained further."""
-        return self.summary.exists() and self._same_policy() and not self.is_done()
+        return self.summary.exists() and self._same_source() and not self.is_done()
 
     def remove(self) -> None:
         """The summary goes first: it says that the rest is whole."""
         for ending in ("summary.json", *RESULTS):
             model_file(self.folder, self.name, ending).unlink(missing_ok=True)
 
-    def _same_policy(self) -> bool:
-        return self.policy is None or self.policy in str(read_object(self.summary).get("source", self.policy))
+    def _same_source(self) -> bool:
+        return read_object(self.summary).get("source", self.source) == self.source
+
+    def _changed(self) -> float:
+        return max(newest(file) for file in self.files)
 
 
-def newest(policy: str | None) -> float:
-    """When the files of a local model were last written (seconds since 1970); 0 for a hub name."""
-    folder = Path(policy) if policy else None
-    if folder is None or not folder.is_dir():
+def newest(path: str | None) -> float:
+    """When a file, or the files of a local model, were last written (seconds since 1970); 0 for a hub name."""
+    place = Path(path) if path else None
+    if place is None or not place.exists():
         return 0.0
-    return max((path.stat().st_mtime for path in folder.iterdir() if path.is_file()), default=0.0)
+    files = [place] if place.is_file() else [file for file in place.iterdir() if file.is_file()]
+    return max((file.stat().st_mtime for file in files), default=0.0)
 
 
 def read_sweeps(path: str | Path) -> list[Sweep]:
@@ -72,9 +80,11 @@ def sweeps_of(content: dict, path: str | Path) -> list[Sweep]:
         if not isinstance(entry, dict) or not entry.get("model_name"):
             raise UserError(f"{path}: sweep {index} has no model_name")
         settings = {**defaults, **entry}
-        policy = settings.get("policy_model_path")
+        given = {key: str(settings[key]) if settings.get(key) else None for key in SOURCE_KEYS}
+        policy = given["policy_model_path"]
         folder = Path(settings.get("output_dir") or DEFAULT_FOLDER)
-        sweeps.append(Sweep(index, str(settings["model_name"]), str(policy) if policy else None, folder))
+        files = (policy, given["policy_vllm_ckpt"], given["responses_from"])
+        sweeps.append(Sweep(index, str(settings["model_name"]), policy, folder, source_of(**given), files))
     return sweeps
 
 

@@ -402,6 +402,45 @@ def test_a_finished_sweep_is_skipped_unless_forced(tmp_path):
     assert (missing.returncode, missing.stderr) == (2, f"error: {sweeps} has no sweep 1; it has 0 a b\n")
 
 
+def test_a_sweep_is_done_only_by_a_summary_of_the_very_same_answers(tmp_path):
+    from sweep_tasks import sweeps_of
+
+    from alignment.evaluation.classify_settings import ClassifySettings
+
+    policy, given, weights, journal = (tmp_path / name for name in ("checkpoint-50", "a.jsonl", "b.pth", "j.jsonl"))
+    policy.mkdir()
+    for file in (policy / "model.safetensors", given, weights, journal):
+        file.touch()
+    entries = [
+        {"policy_model_path": str(policy)},
+        {"policy_model_path": f"{policy}0"},
+        {"policy_model_path": str(policy), "journal": f"{journal}@5"},
+        {"policy_model_path": str(policy), "journal": f"{journal}@50"},
+        {"policy_model_path": str(policy), "policy_vllm_ckpt": str(weights)},
+        {"responses_from": str(given)},
+        {},
+    ]
+    named = [entry | {"model_name": "m", "output_dir": str(tmp_path / str(n))} for n, entry in enumerate(entries)]
+    sweeps = sweeps_of({"sweeps": named}, "x")
+    for sweep in sweeps:
+        for entry in named:
+            write_json(sweep.summary, {"source": ClassifySettings(**entry).source})
+            assert sweep.is_done() == (entry is named[sweep.index]), (sweep.index, entry)
+    for n in range(len(entries)):
+        write_json(sweeps[n].summary, {"source": ClassifySettings(**named[n]).source})
+
+    def outdated_by(file: Path) -> list[int]:
+        os.utime(file, (time.time() + 60,) * 2)
+        found = [sweep.index for sweep in sweeps if sweep.is_outdated()]
+        os.utime(file)
+        for sweep in sweeps:
+            os.utime(sweep.summary)
+        return found
+
+    assert outdated_by(policy / "model.safetensors") == [0, 2, 3, 4]
+    assert (outdated_by(weights), outdated_by(given), outdated_by(journal)) == ([4], [5], [])  # a journal only grows
+
+
 def test_a_sweep_that_is_named_wins_over_the_scripts_own_array(tmp_path, checkout):
     """`SWEEP=b sbatch SCRIPT` has task 0 of #SBATCH --array=0."""
     sweeps = tmp_path / "sweeps.yaml"

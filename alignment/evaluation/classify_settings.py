@@ -12,6 +12,8 @@ from alignment.errors import UserError
 from alignment.evaluation.points import DEFAULT_FOLDER
 from alignment.evaluation.sweeps import sweep_arguments
 
+SOURCE_KEYS = ("policy_model_path", "policy_vllm_ckpt", "journal", "responses_from")
+
 
 @dataclass
 class ClassifySettings:
@@ -85,19 +87,11 @@ class ClassifySettings:
 
     @property
     def policy(self) -> str | None:
-        if self.journal:
-            return f"{self.policy_model_path} with {self.journal}"
-        return (
-            f"{self.policy_model_path} with {self.policy_vllm_ckpt}"
-            if self.policy_vllm_ckpt
-            else self.policy_model_path
-        )
+        return policy_of(self.policy_model_path, self.policy_vllm_ckpt, self.journal)
 
     @property
     def source(self) -> str:
-        if self.policy:
-            return f"answers of {self.policy}"
-        return f"responses in {self.responses_from}" if self.responses_from else "the data's own responses"
+        return source_of(**{key: getattr(self, key) for key in SOURCE_KEYS})
 
     @property
     def name(self) -> str:
@@ -110,6 +104,18 @@ class ClassifySettings:
         return (
             Path(given).name.removesuffix(".jsonl").removesuffix(".pth").removesuffix("_points") if given else "dataset"
         )
+
+
+def policy_of(policy_model_path: str | None, policy_vllm_ckpt: str | None, journal: str | None) -> str | None:
+    weights = journal or policy_vllm_ckpt
+    return f"{policy_model_path} with {weights}" if weights else policy_model_path
+
+
+def source_of(responses_from: str | None, **policy: str | None) -> str:
+    """What is classified, in the words of a summary's `source`; the arguments are SOURCE_KEYS."""
+    if policy["policy_model_path"]:
+        return f"answers of {policy_of(**policy)}"
+    return f"responses in {responses_from}" if responses_from else "the data's own responses"
 
 
 def load_settings(argv: list[str], description: str = "") -> ClassifySettings:
