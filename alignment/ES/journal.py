@@ -3,7 +3,7 @@
     RUN/journal.jsonl     {"kind": "start", "base_weights": ..., "settings": {...}}, then one row an iteration:
                           {"kind": "step", "iteration", "seeds", "fitness", "coefficients", "lambda_state", ...}
     RUN/members.K.jsonl   full scores of the members that process K finished in the iteration in progress, so that a killed
-                          run asks the scorer only for what is missing; emptied once their step is in the journal
+                          run asks the scorer only for what is missing; dropped once their step is in the journal
 
 A row is on disk before the run goes on. The step of iteration t is taken from `coefficients`; nothing is computed anew.
 """
@@ -135,16 +135,23 @@ class MembersFile:
     def __init__(self, folder: Path, rank: int):
         self._path = folder / f"members.{rank}.jsonl"
         self._file = JsonlWriter(self._path)
+        self._iteration: int | None = None  # of the rows that were added here
 
     def add(self, row: dict) -> None:
         """`row` has `iteration`, `member` and the scores."""
         self._file.append(row)
+        self._iteration = row["iteration"]
 
-    def clear(self) -> None:
-        """Rows carry their iteration, so it does no harm when a kill comes before this."""
-        self._file.close()
-        write_jsonl(self._path, [])
-        self._file = JsonlWriter(self._path)
+    def begin(self, iteration: int) -> None:
+        """Drops the rows of the iteration before, whose step must be in the journal.
+
+        Rows carry their iteration, so it does no harm when a kill comes before this.
+        """
+        if self._iteration not in (None, iteration):
+            self._file.close()
+            write_jsonl(self._path, [])
+            self._file = JsonlWriter(self._path)
+            self._iteration = None
 
     def close(self) -> None:
         self._file.close()
