@@ -39,7 +39,8 @@ def main() -> int:
     train = draw_rows(load_prompts(settings.train_jsonl, settings.prompt_key), settings.train_samples)
     held_out = draw_rows(load_prompts(settings.eval_jsonl, settings.prompt_key), settings.eval_samples)
     folder = Path(settings.experiment_dir)
-    check_writable_folder(folder)
+    for place in (folder, folder / "checkpoints"):
+        check_writable_folder(place)
     begun = (folder / "journal.jsonl").exists()
     if begun and not settings.resume:
         raise UserError(f"{folder} holds a run already: give another --experiment_dir, or leave out --resume false")

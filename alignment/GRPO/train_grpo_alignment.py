@@ -54,7 +54,8 @@ def main() -> int:
         if step_of(checkpoint) >= settings.max_steps and (folder / "final").exists():
             print(f"{folder} is finished; a larger --max_steps would go on with it")
             return 0
-    check_writable_folder(folder)
+    for place in (folder, folder / "checkpoints"):
+        check_writable_folder(place)
     if checkpoint is not None:
         if not begun:
             raise UserError(
