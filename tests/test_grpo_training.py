@@ -287,7 +287,8 @@ def test_a_disk_that_fills_up_ends_both(tiny_policy, prompts, tmp_path):
     try:
         with FakeScorer(answer) as scorer:
             line = both_end([tiny_policy, scorer.url, prompts], disk / "run")
-        assert f"cannot write {disk / 'run' / 'checkpoints' / 'iteration_0000'}" in line
+        assert f"{disk / 'run' / 'checkpoints' / 'iteration_0000'}" in line
+        assert "its disk has 0 GiB left: make room" in line
         assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["iteration_00002"]
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -221,7 +221,9 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
 
     def save_whole(self, final: Path) -> None:
         """A checkpoint to resume from, which appears under its name when all processes have written their part."""
-        with folder_of_all(self.accelerator, final) as folder:
+        # What is trained, and AdamW's two moments of it. DeepSpeed writes more: a float32 copy of weights in 16 bit.
+        needed = 3 * sum(tensor.nbytes for tensor in self.engine.parameters().values())
+        with folder_of_all(self.accelerator, final, needed) as folder:
             self._saving_in = folder
             try:
                 with failing_together(self.accelerator):
