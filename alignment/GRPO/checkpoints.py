@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from alignment.errors import UserError
 from alignment.model_folder import open_safetensors, some_keys, tensor_shapes
-from alignment.records import read_json, read_object
+from alignment.records import read_object
 
 if TYPE_CHECKING:  # slow to import, and most of this is asked before any model is loaded
     from torch import nn
@@ -31,8 +31,7 @@ def step_of(checkpoint: Path | None) -> int:
 
 def deciding_of(folder: Path) -> dict:
     """What decides the weights of the run in `folder`, as its manifest.json says. Raises UserError."""
-    manifest = read_json(folder / "manifest.json")
-    deciding = manifest.get("deciding") if isinstance(manifest, dict) else None
+    deciding = read_object(folder / "manifest.json").get("deciding")
     if not isinstance(deciding, dict) or not isinstance(deciding.get("scorer", {}), dict):
         raise UserError(
             f"{folder / 'manifest.json'} does not say what the run was begun with (key 'deciding'): it is not one of a GRPO "
