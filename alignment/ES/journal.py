@@ -50,10 +50,7 @@ class Journal:
 def read_journal(path: Path) -> tuple[dict, list[dict]]:
     """The start row and the steps. Raises UserError for what is no journal or lacks a step."""
     rows = read_jsonl(path, required=("kind",))
-    if not rows or rows[0]["kind"] != "start":
-        raise UserError(f"{path}:1: not an ES journal (its first row must say kind 'start')")
-    if not isinstance(rows[0].get("base_weights"), str) or not isinstance(rows[0].get("settings"), dict):
-        raise UserError(f"{path}:1: not an ES journal (its first row must have base_weights and settings)")
+    _settings_in(path, rows[0] if rows else None)
     for number, step in enumerate(rows[1:]):
         if step.get("iteration") != number:
             raise UserError(f"{path}:{number + 2}: expected iteration {number}, found {step.get('iteration')!r}")
@@ -100,10 +97,16 @@ def begun_with(path: Path) -> dict | None:
         start = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}:1: not valid JSON ({error}): not an ES journal, or a damaged one") from error
-    settings = start.get("settings") if isinstance(start, dict) else None
-    if not isinstance(settings, dict) or not isinstance(settings.get("scorer", {}), dict):
-        raise UserError(f"{path}:1: not an ES journal (its first row must have base_weights and settings)")
-    return settings
+    return _settings_in(path, start)
+
+
+def _settings_in(path: Path, start: Any) -> dict:
+    """The settings in a journal's first row. Raises UserError when that is none."""
+    if isinstance(start, dict) and start.get("kind") == "start" and isinstance(start.get("base_weights"), str):
+        settings = start.get("settings")
+        if isinstance(settings, dict) and isinstance(settings.get("scorer", {}), dict):
+            return settings
+    raise UserError(f"{path}:1: not an ES journal (its first row must have kind 'start', base_weights and settings)")
 
 
 def check_settings(path: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
