@@ -135,7 +135,8 @@ def test_what_a_scorer_measures_of_itself_decides_nothing(tiny_policy, prompts, 
 
 def test_es_says_what_has_changed_before_it_asks_for_a_scorer(tiny_policy, prompts, es_run, tmp_path):
     before = content(es_run)
-    assert "sigma (was 0.02, now 0.03)" in refused(*es(tiny_policy, NOBODY, prompts, es_run, sigma=0.03))
+    line = refused(*es(tiny_policy, NOBODY, prompts, es_run, sigma=0.03))
+    assert "was begun otherwise: sigma (was 0.02, now 0.03). Going on would not be that run" in line
     other = tmp_path / "other"
     other.mkdir()
     write_jsonl(other / "prompts.jsonl", [{"prompt": f"other {i}"} for i in range(4)])
@@ -147,7 +148,7 @@ def test_es_with_other_base_weights(tiny_policy, prompts, scorer, es_run, tmp_pa
     policy = shutil.copytree(tiny_policy, tmp_path / "policy")
     edit_tensors(policy, lambda tensors: tensors["model.norm.weight"][0].add_(1e-3))
     line = refused(*es(policy, scorer.url, prompts, es_run, num_iterations=3))
-    assert "was begun from other base weights" in line and "another --experiment_dir" in line
+    assert "was begun otherwise: base_weights" in line and "another --experiment_dir" in line
 
 
 # --- ES, damaged

@@ -1,4 +1,4 @@
-"""Where a run is: its newest checkpoint, whether that is whole, and whether going on with it would still be that run."""
+"""Where a run is: what it was begun with, its newest checkpoint, and whether that is whole."""
 
 from __future__ import annotations
 
@@ -38,20 +38,6 @@ def deciding_of(folder: Path) -> dict:
             "run, or damaged; give another --output_dir"
         )
     return deciding
-
-
-def check_same_run(begun_with: dict, now: dict, folder: Path) -> None:
-    """Raises UserError naming what of `now` (settings, weights, prompts, scorer, processes) the run was not begun with."""
-    changed = [
-        f"{name} (was {begun_with.get(name)!r}, now {value!r})"
-        for name, value in now.items()
-        if begun_with.get(name) != value
-    ]
-    if changed:
-        raise UserError(
-            f"{folder} was begun otherwise: {', '.join(changed)}. Going on would not be that run: undo the change, or give "
-            "another --output_dir"
-        )
 
 
 def check_whole(checkpoint: Path, processes: int) -> None:
