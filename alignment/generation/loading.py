@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from alignment.errors import UserError, first_line
-from alignment.model_folder import read_config, tensor_shapes
+from alignment.model_folder import check_ids, read_config, tensor_shapes
 from alignment.pretrained import BUFFERS, CONFIG_ERRORS, load_whole, misshapen, refuse_keys
 
 _SCORE_MODELS = ("ForScore", "ForSequenceClassification", "ForTokenClassification")
@@ -38,10 +38,8 @@ def check_vocabulary(folder: Path, tokenizer: Any, config: PretrainedConfig) -> 
     own = [index for index in tokenizer.get_vocab().values() if index not in added]
     largest = max([*own, -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id])
     known = known_ids(config)
-    if known is not None and largest >= known:
-        raise UserError(
-            f"{folder}: the tokenizer has ids up to {largest}, the model knows {known}: they do not belong together"
-        )
+    if known is not None:
+        check_ids(folder, largest, known)
 
 
 def load_policy(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
