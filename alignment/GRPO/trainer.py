@@ -237,6 +237,11 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
                 inner.rmdir()
                 write_json(folder / "constraint.json", self.constraint.multiplier.state_dict())
 
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """The first process writes the weights; what it fails at, all raise before they save together, as DeepSpeed does."""
+        with failing_together(self.accelerator):
+            super().save_model(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Reads the weights as `from_pretrained` does.
 
