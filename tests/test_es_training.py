@@ -368,7 +368,7 @@ def test_other_settings_or_base_weights_are_refused(undisturbed, tiny_policy, pr
         scorer.identity = begun_with
         done = run_script(undisturbed[0] / "final", scorer.url, prompts, run)
         assert done.returncode == 2
-        assert "other base weights" in done.stderr
+        assert "was begun otherwise: base_weights" in done.stderr
         done = run_script(tiny_policy, scorer.url, prompts, run, resume="false")
         assert done.returncode == 2
         assert "holds a run already" in done.stderr

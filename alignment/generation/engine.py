@@ -59,12 +59,10 @@ class Engine(ABC):
     members_at_once: int  # how many members one call of `generate_members` should get
     num_parameters: int  # of the policy, adapters not counted
 
-    def __init__(
-        self, model_path: str | Path, template: str, first_turn_only: bool, batch_size: int, has_weights: bool = True
-    ):
-        """Raises UserError when the folder is not a whole policy; its weights are not loaded yet."""
+    def __init__(self, model_path: str | Path, template: str, first_turn_only: bool, batch_size: int):
+        """Raises UserError for a folder without a policy's config or tokenizer; its weights are looked at when they are read."""
         self.folder = resolve_folder(model_path)
-        self.config = read_policy_config(self.folder, has_weights)
+        self.config = read_policy_config(self.folder)
         self.tokenizer = load_tokenizer(self.folder)
         self.holds_merged_adapters = bool(getattr(self.config, MERGED_ADAPTERS, False))
         check_vocabulary(self.folder, self.tokenizer, self.config)

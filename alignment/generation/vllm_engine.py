@@ -69,9 +69,8 @@ class VLLMEngine(Engine):
         except ImportError as error:
             raise UserError(f"engine vllm: {error}; use the environment of requirements-cluster.txt") from error
         self.device = find_device(device)
-        has_weights = options.get("load_format") != "dummy"  # random ones otherwise
-        super().__init__(model_path, template, first_turn_only, 2**31, has_weights)  # vLLM forms its own batches
-        if has_weights:
+        super().__init__(model_path, template, first_turn_only, 2**31)  # vLLM forms its own batches
+        if options.get("load_format") != "dummy":  # random weights need no files
             check_headers(self.folder, self.config)
         if members_at_once:
             options |= member_options(members_at_once, member_rank)
