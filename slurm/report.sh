@@ -18,6 +18,7 @@
 #SBATCH --open-mode=append
 [ -f slurm/common.sh ] || { echo "error: run this from the repository root (now in $PWD)" >&2; exit 2; }
 . slurm/common.sh
+show_head "$@"
 begin_job
 [ $# -ge 2 ] || fail "usage: report.sh FOLDER MODEL..."
 folder="$1"

@@ -56,6 +56,30 @@ def test_every_job_script_survives_and_logs(script, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "script",
+    [
+        "slurm/demo_slurm.sh",
+        "slurm/report.sh",
+        "alignment/GRPO/run_grpo_alignment.sh",
+        "alignment/alpaca/recover_alpaca_full.sh",
+        "alignment/alpaca/recover_alpaca_job.sh",
+    ],
+)
+def test_help_shows_the_head_of_a_script_and_starts_nothing(script, tmp_path):
+    done = bash(script, "--help", PATH=fake(tmp_path, "sinfo", f"touch {tmp_path}/asked\n"))
+    assert (done.returncode, done.stderr) == (0, "") and not (tmp_path / "asked").exists()
+    assert f"  bash {script}" in done.stdout or f"  sbatch {script}" in done.stdout
+    assert "#SBATCH" not in done.stdout and "set -e" not in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["12", "13"], ["scorer"]])
+def test_what_is_no_job_is_not_stopped(arguments, tmp_path):
+    done = bash("slurm/stop_scorer.sh", *arguments, PATH=fake(tmp_path, "scancel", f"touch {tmp_path}/asked\n"))
+    assert done.returncode == 2 and done.stderr.startswith("error: usage: stop_scorer.sh JOB")
+    assert not (tmp_path / "asked").exists()
+
+
 # -- settings of the site
 
 

@@ -33,6 +33,7 @@
 #SBATCH --array=0-1
 [ -f slurm/common.sh ] || { echo "error: run this from the repository root (now in $PWD)" >&2; exit 2; }
 . slurm/common.sh
+show_head "$@"
 begin_job
 
 read -r -a betas <<<"${BETAS:-0.01 0.1}"
