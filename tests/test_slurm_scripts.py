@@ -80,6 +80,21 @@ def test_what_is_no_job_is_not_stopped(arguments, tmp_path):
     assert not (tmp_path / "asked").exists()
 
 
+def test_a_folder_without_results_is_not_made_into_one(tmp_path):
+    done = bash("slurm/report.sh", tmp_path / "nothing", "A", "B")
+    assert done.returncode == 2 and "model_comparisons is not there" in done.stderr
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_deepspeed_that_is_missing_is_told_in_one_line(tmp_path):
+    python = tmp_path / "python"  # knows the project, and no DeepSpeed
+    python.write_text('#!/bin/bash\n[[ "$*" != *deepspeed* ]]\n')
+    python.chmod(0o755)
+    for file, told in (("alignment/GRPO/accelerate_4gpu_zero2.yaml", "wants DeepSpeed"), ("no.yaml", "is not there")):
+        done = bash("alignment/GRPO/run_grpo_alignment.sh", PYTHON=str(python), ACCELERATE_CONFIG=file)
+        assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1
+
+
 # -- settings of the site
 
 
