@@ -324,6 +324,33 @@ def test_a_mistake_in_an_experiment_is_told_before_anything_is_queued(content, t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("grpo", "told"),
+    [
+        ({"accelerate_config": "no.yaml"}, ["grpo: accelerate_config no.yaml is not there"]),
+        ({}, ["grpo: alignment/GRPO/accelerate_4gpu_zero2.yaml wants DeepSpeed, which is not installed"]),
+        ({"accelerate_config": "torchrun"}, []),
+        ({"accelerate_config": "alignment/GRPO/accelerate_4gpu_ddp.yaml"}, []),
+        (False, []),
+    ],
+)
+def test_what_launches_grpo_is_looked_for(content, tmp_path, monkeypatch, grpo, told):
+    import site_check
+    from experiment import Experiment
+
+    class Told(site_check.Report):
+        def no(self, text):
+            lines.append(text)
+
+    lines: list[str] = []
+    path = tmp_path / "e.yaml"
+    path.write_text(yaml.safe_dump(content | {"grpo": grpo}))
+    monkeypatch.chdir(REPO)
+    monkeypatch.setattr(site_check, "find_spec", lambda name: None)
+    site_check.check_launcher(Told(), Experiment(path))
+    assert [line[: len(start)] for line, start in zip(lines, told, strict=True)] == told
+
+
 def test_an_experiment_names_what_it_leaves_out_and_what_is_done(content, tmp_path):
     from experiment import Experiment
 
