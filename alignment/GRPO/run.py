@@ -58,7 +58,7 @@ class Run(TrainerCallback):
         trainer.scorer.on_wait = self._show_waiting
 
     def train(self) -> bool:
-        """Trains to the end, or until it is told to stop; returns whether the run is finished.
+        """Trains to the end, or until it is told to stop; returns whether the run is finished: its last policy evaluated too.
 
         A failure (UserError) that any process meets is raised on all of them, after the state of the last whole step has
         been saved (not after a BrokenStep: with DeepSpeed the weights have taken it already).
@@ -77,7 +77,7 @@ class Run(TrainerCallback):
         try:
             with progress_bar(self.settings.max_steps, "GRPO", "step", initial=first, disable=not watching) as self.bar:
                 self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if not on_any(self.trainer.accelerator, self._stopping()) or self._step == self.settings.max_steps:
+            if self._at_end and self._step in self.evaluated:
                 with failing_together(self.trainer.accelerator):
                     if self.main:
                         self._save_model(self.folder / "final")
@@ -102,10 +102,18 @@ class Run(TrainerCallback):
     def _step(self) -> int:
         return self.trainer.state.global_step
 
+    @property
+    def _at_end(self) -> bool:
+        return self._step >= self.settings.max_steps
+
+    @property
+    def _evaluation_is_due(self) -> bool:
+        return (self._step % self.settings.eval_every == 0 or self._at_end) and self._step not in self.evaluated
+
     # -- transformers' events -------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step % self.settings.eval_every == 0 and state.global_step not in self.evaluated:
+        if self._evaluation_is_due:
             self._evaluate()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -121,18 +129,17 @@ class Run(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:  # the summary at the end of training
             return
-        step = state.global_step
         with failing_together(self.trainer.accelerator):
             if self.metrics is not None:  # on the main process
                 self._write_step(logs, self.metrics)
         if on_any(self.trainer.accelerator, self._stopping()):
             control.should_training_stop = True
-        elif step % self.settings.eval_every == 0 or step == self.settings.max_steps:
+        elif self._evaluation_is_due:
             try:
                 self._evaluate()
             except Stopped:
                 control.should_training_stop = True
-        if step % self.settings.save_steps == 0 or step == self.settings.max_steps or control.should_training_stop:
+        if self._step % self.settings.save_steps == 0 or self._at_end or control.should_training_stop:
             self._save_checkpoint()
 
     # -- what is written ------------------------------------------------------------------------------------------

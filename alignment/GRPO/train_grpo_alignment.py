@@ -27,8 +27,8 @@ from alignment.GRPO.checkpoints import (
     check_weights,
     check_whole,
     deciding_of,
+    is_finished,
     newest_checkpoint,
-    step_of,
 )
 from alignment.GRPO.settings import load_settings
 from alignment.prompts import draw_rows, text_hash
@@ -51,7 +51,7 @@ def main() -> int:
     checkpoint = newest_checkpoint(folder)
     if begun:
         check_same_run(begun_with, settings.deciding(), folder)
-        if step_of(checkpoint) >= settings.max_steps and (folder / "final").exists():
+        if is_finished(folder, settings.max_steps):
             print(f"{folder} is finished; a larger --max_steps would go on with it")
             return 0
     check_writable_folder(folder)

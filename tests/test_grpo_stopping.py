@@ -1,0 +1,103 @@
+"""Where a GRPO run is told to stop, or loses its scorer, and what is still done then: one process, in this one."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from fake_scorer import FakeScorer
+from grpo_script import command, same_run
+from script_here import run_script
+
+from alignment.records import read_json, read_jsonl, write_jsonl
+
+STOPPED = 128 + 15
+# Requests to the scorer: 1 evaluation, 2 and 3 steps, 4 evaluation, 5 step, 6 evaluation.
+SETTINGS = {"max_steps": 3, "eval_every": 2, "save_steps": 100, "scorer_max_wait": 1}
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prompts")
+    write_jsonl(folder / "train.jsonl", [{"prompt": f"question {i}?"} for i in range(5)])
+    write_jsonl(folder / "eval.jsonl", [{"prompt": f"held out {i}"} for i in range(5)])
+    return folder
+
+
+def grpo(policy, prompts, run, answer=None, **settings):
+    with FakeScorer(answer) as scorer:
+        return run_script(*command(policy, scorer.url, prompts, run, **(SETTINGS | settings))[1:])
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_policy, prompts, tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole") / "run"
+    done = grpo(tiny_policy, prompts, run)
+    assert done.code == 0, done.err
+    return run
+
+
+def stop_at(run, request):
+    """A scorer's answers; someone makes the file `stop` while it works on that request."""
+
+    def answer(number, body):
+        if number == request:
+            (run / "stop").touch()
+        return FakeScorer.scores(body)
+
+    return answer
+
+
+def evaluated(run):
+    return [row["iteration"] for row in read_jsonl(run / "metrics.jsonl") if row["kind"] == "eval"]
+
+
+def checkpoints(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def same(run, whole):
+    assert (run / "best/trainer_state.json").read_bytes() == (whole / "best/trainer_state.json").read_bytes()
+    return same_run(run, whole)
+
+
+def test_a_stop_in_the_last_step_puts_its_evaluation_off(tiny_policy, prompts, whole, tmp_path):
+    run = tmp_path / "run"
+    done = grpo(tiny_policy, prompts, run, stop_at(run, 5))
+    assert (done.code, read_json(run / "stopped.json")["iteration"]) == (STOPPED, 3), done.err
+    assert checkpoints(run) == ["iteration_00003"]
+    assert not (run / "final").exists()
+    done = grpo(tiny_policy, prompts, run)
+    assert (done.code, "going on after step 3" in done.out) == (0, True), done.err
+    assert same(run, whole)
+
+
+def test_a_scorer_that_is_away_at_the_last_evaluation_puts_it_off(tiny_policy, prompts, whole, tmp_path):
+    run = tmp_path / "run"
+    done = grpo(tiny_policy, prompts, run, lambda number, body: FakeScorer.scores(body) if number < 6 else 503)
+    assert (done.code, checkpoints(run), (run / "final").exists()) == (2, ["iteration_00003"], False), done.err
+    assert grpo(tiny_policy, prompts, run).code == 0
+    assert same(run, whole)
+
+
+def test_a_run_that_ended_without_its_last_evaluation_is_not_finished(tiny_policy, prompts, whole, tmp_path):
+    """As earlier versions left them."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    write_jsonl(run / "metrics.jsonl", read_jsonl(run / "metrics.jsonl")[:-1])
+    shutil.rmtree(run / "best")
+    done = grpo(tiny_policy, prompts, run)
+    assert (done.code, "is finished" in done.out, evaluated(run)) == (0, False, [0, 2, 3]), done.err
+    assert (run / "best").exists()
+
+
+def test_the_end_of_a_shorter_run_is_not_that_of_a_longer_one(tiny_policy, prompts, whole, tmp_path):
+    """A kill between the last checkpoint and final/, in a run that was gone on with."""
+    run = tmp_path / "run"
+    assert grpo(tiny_policy, prompts, run, max_steps=2).code == 0
+    shutil.copytree(run / "final", tmp_path / "shorter")
+    assert grpo(tiny_policy, prompts, run).code == 0
+    shutil.rmtree(run / "final")
+    shutil.copytree(tmp_path / "shorter", run / "final")
+    assert grpo(tiny_policy, prompts, run).code == 0
+    assert same(run, whole)
+    assert "is finished" in grpo(tiny_policy, prompts, run).out
