@@ -9,6 +9,8 @@ from fake_scorer import FakeScorer
 from grpo_script import command, same_run
 from script_here import run_script
 
+from alignment.generation import TransformersEngine
+from alignment.GRPO.trainer import ConstrainedGRPOTrainer
 from alignment.records import read_json, read_jsonl, write_jsonl
 
 STOPPED = 128 + 15
@@ -101,3 +103,81 @@ def test_the_end_of_a_shorter_run_is_not_that_of_a_longer_one(tiny_policy, promp
     assert grpo(tiny_policy, prompts, run).code == 0
     assert same(run, whole)
     assert "is finished" in grpo(tiny_policy, prompts, run).out
+
+
+def stopped_after(run, step):
+    assert read_json(run / "stopped.json")["iteration"] == step
+    assert checkpoints(run)[-1] == f"iteration_{step:05d}"
+    return True
+
+
+@pytest.mark.parametrize("save_steps", [2, 100])
+def test_a_stop_while_an_evaluation_is_scored_ends_that_step(tiny_policy, prompts, whole, tmp_path, save_steps):
+    """Not the next one, with a second checkpoint: in what is left of a job's time these may not fit."""
+    run = tmp_path / "run"
+    done = grpo(tiny_policy, prompts, run, stop_at(run, 4), save_steps=save_steps)
+    assert done.code == STOPPED, done.err
+    assert stopped_after(run, 2) and evaluated(run) == [0, 2]
+    assert grpo(tiny_policy, prompts, run, save_steps=save_steps).code == 0
+    assert same(run, whole)
+
+
+def test_a_stop_while_held_out_answers_are_generated_ends_that(tiny_policy, prompts, tmp_path, monkeypatch):
+    run, batches = tmp_path / "run", []
+    settings = {"eval_batch_size": 1}  # of five prompts
+    answer = TransformersEngine._answer
+
+    def stop_in_the_seventh(self, *arguments):
+        batches.append(arguments)
+        if len(batches) == 7:
+            (run / "stop").touch()
+        return answer(self, *arguments)
+
+    monkeypatch.setattr(TransformersEngine, "_answer", stop_in_the_seventh)
+    done = grpo(tiny_policy, prompts, run, **settings)
+    assert (done.code, len(batches)) == (STOPPED, 7), done.err
+    assert stopped_after(run, 2) and evaluated(run) == [0]
+    assert grpo(tiny_policy, prompts, run, **settings).code == 0
+    assert grpo(tiny_policy, prompts, tmp_path / "whole", **settings).code == 0
+    assert same(run, tmp_path / "whole")
+
+
+def test_a_stop_while_a_checkpoint_is_saved_needs_no_other(tiny_policy, prompts, whole, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    save = ConstrainedGRPOTrainer.save_whole
+
+    def save_and_stop(self, *arguments):
+        (run / "stop").touch()
+        save(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ConstrainedGRPOTrainer, "save_whole", save_and_stop)
+        done = grpo(tiny_policy, prompts, run, save_steps=1)
+    assert done.code == STOPPED, done.err
+    assert stopped_after(run, 1) and checkpoints(run) == ["iteration_00001"]
+    assert grpo(tiny_policy, prompts, run, save_steps=1).code == 0
+    assert same(run, whole)
+
+
+def test_a_stop_before_the_first_step_of_a_run_that_goes_on(tiny_policy, prompts, whole, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    assert grpo(tiny_policy, prompts, run, stop_at(run, 2)).code == STOPPED
+    load = ConstrainedGRPOTrainer._load_from_checkpoint
+
+    def load_and_stop(self, *arguments):
+        load(self, *arguments)
+        (run / "stop").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ConstrainedGRPOTrainer, "_load_from_checkpoint", load_and_stop)
+        done = grpo(tiny_policy, prompts, run)
+    assert done.code == STOPPED, done.err
+    assert stopped_after(run, 1) and checkpoints(run) == ["iteration_00001"]
+    assert grpo(tiny_policy, prompts, run).code == 0
+    assert same(run, whole)
+
+
+def test_a_stop_after_the_last_evaluation_is_too_late(tiny_policy, prompts, whole, tmp_path):
+    run = tmp_path / "run"
+    assert grpo(tiny_policy, prompts, run, stop_at(run, 6)).code == 0
+    assert same(run, whole)

@@ -1,8 +1,9 @@
 """The run around the trainer: metrics, held-out evaluation, checkpoints, signals, and going on where a run was.
 
 What happens after a step, in this order: its row in metrics.jsonl; the held-out evaluation when one is due; a checkpoint when
-one is due or the run stops. A run that goes on does the evaluation that its checkpoint's step still lacks, and drops the rows
-of later steps, so that the files are those of a run that was never stopped.
+one is due or the run stops. Before and after each of these, and between the batches of an evaluation, it looks whether it is
+to stop: all that is left then is a checkpoint of that step. A run that goes on does the evaluation that its checkpoint's step
+still lacks, and drops the rows of later steps, so that the files are those of a run that was never stopped.
 """
 
 from __future__ import annotations
@@ -98,6 +99,16 @@ class Run(TrainerCallback):
         """A signal came, or someone made a file called `stop` in the run folder: launchers keep signals from the processes."""
         return bool(self.stop) or (self.folder / "stop").exists()
 
+    def _stop_if_told(self) -> None:
+        """Raises Stopped on all processes when one of them is told to stop, unless nothing but final/ is left to do.
+
+        `train` then saves this step, where that is not done yet.
+        """
+        if self._at_end and not self._evaluation_is_due:
+            return
+        if on_any(self.trainer.accelerator, self._stopping()):
+            raise Stopped
+
     @property
     def _step(self) -> int:
         return self.trainer.state.global_step
@@ -113,8 +124,10 @@ class Run(TrainerCallback):
     # -- transformers' events -------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._stop_if_told()
         if self._evaluation_is_due:
             self._evaluate()
+        self._stop_if_told()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.began = time.perf_counter()
@@ -132,15 +145,12 @@ class Run(TrainerCallback):
         with failing_together(self.trainer.accelerator):
             if self.metrics is not None:  # on the main process
                 self._write_step(logs, self.metrics)
-        if on_any(self.trainer.accelerator, self._stopping()):
-            control.should_training_stop = True
-        elif self._evaluation_is_due:
-            try:
-                self._evaluate()
-            except Stopped:
-                control.should_training_stop = True
-        if self._step % self.settings.save_steps == 0 or self._at_end or control.should_training_stop:
+        self._stop_if_told()
+        if self._evaluation_is_due:
+            self._evaluate()
+        if self._step % self.settings.save_steps == 0 or self._at_end:
             self._save_checkpoint()
+        self._stop_if_told()
 
     # -- what is written ------------------------------------------------------------------------------------------
 
@@ -173,7 +183,8 @@ class Run(TrainerCallback):
             print(f"step {self._step}/{self.settings.max_steps} {text} ({total:.1f} s, {left} left)", flush=True)
 
     def _evaluate(self) -> None:
-        """Scored greedy answers to the held-out prompts. Raises Stopped when a signal comes while the scorer is away."""
+        """Scored greedy answers to the held-out prompts. Raises Stopped, on all processes, when one is told to stop between
+        two batches or while the scorer is away."""
         self._show_phase("is evaluated on held-out prompts")
         generations = self._generate_held_out()
         with failing_together(self.trainer.accelerator):
@@ -200,12 +211,20 @@ class Run(TrainerCallback):
         """In the prompts' order, with the policy as it is now."""
         trainer, engine = self.trainer, self.trainer.engine
         processes, mine = trainer.accelerator.num_processes, trainer.accelerator.process_index
-        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        length = self.settings.max_completion_length
+        with (
+            unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model,
+            failing_together(trainer.accelerator),
+        ):
             model.eval()
-            own = engine.generate_share(self.held_out, self.settings.max_completion_length, mine, processes)
+            own = engine.generate_share(self.held_out, length, mine, processes, self._stop_generating)
             model.train()
         answers = dict(gather_object(list(own.items())))
         return [answers[row] for row in range(len(self.held_out))]
+
+    def _stop_generating(self) -> None:
+        if self._stopping():  # no question to the others: they have other numbers of batches
+            raise Stopped
 
     def _save_checkpoint(self) -> None:
         final = self.checkpoints / f"iteration_{self._step:05d}"
