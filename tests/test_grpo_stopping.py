@@ -12,6 +12,7 @@ from script_here import run_script
 from alignment.generation import TransformersEngine
 from alignment.GRPO.trainer import ConstrainedGRPOTrainer
 from alignment.records import read_json, read_jsonl, write_jsonl
+from alignment.scoring import client
 
 STOPPED = 128 + 15
 # Requests to the scorer: 1 evaluation, 2 and 3 steps, 4 evaluation, 5 step, 6 evaluation.
@@ -74,9 +75,11 @@ def test_a_stop_in_the_last_step_puts_its_evaluation_off(tiny_policy, prompts, w
     assert same(run, whole)
 
 
-def test_a_scorer_that_is_away_at_the_last_evaluation_puts_it_off(tiny_policy, prompts, whole, tmp_path):
+def test_a_scorer_that_is_away_at_the_last_evaluation_puts_it_off(tiny_policy, prompts, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "SAY_AFTER", 0.0)
     run = tmp_path / "run"
     done = grpo(tiny_policy, prompts, run, lambda number, body: FakeScorer.scores(body) if number < 6 else 503)
+    assert done.err.count("waiting for the scorer, 0 min (503: as the test wants)\n") == 1  # in a job's log
     assert (done.code, checkpoints(run), (run / "final").exists()) == (2, ["iteration_00003"], False), done.err
     assert grpo(tiny_policy, prompts, run).code == 0
     assert same(run, whole)
