@@ -16,7 +16,7 @@ from alignment.scoring import client
 
 STOPPED = 128 + 15
 # Requests to the scorer: 1 evaluation, 2 and 3 steps, 4 evaluation, 5 step, 6 evaluation.
-SETTINGS = {"max_steps": 3, "eval_every": 2, "save_steps": 100, "scorer_max_wait": 1}
+SETTINGS = {"max_steps": 3, "eval_every": 2, "save_steps": 100, "scorer_max_wait": 60}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,11 @@ def test_a_stop_in_the_last_step_puts_its_evaluation_off(tiny_policy, prompts, w
 def test_a_scorer_that_is_away_at_the_last_evaluation_puts_it_off(tiny_policy, prompts, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(client, "SAY_AFTER", 0.0)
     run = tmp_path / "run"
-    done = grpo(tiny_policy, prompts, run, lambda number, body: FakeScorer.scores(body) if number < 6 else 503)
+
+    def answer(number, body):
+        return FakeScorer.scores(body) if number < 6 else 503
+
+    done = grpo(tiny_policy, prompts, run, answer, scorer_max_wait=1)
     assert done.err.count("waiting for the scorer, 0 min (503: as the test wants)\n") == 1  # in a job's log
     assert (done.code, checkpoints(run), (run / "final").exists()) == (2, ["iteration_00003"], False), done.err
     assert grpo(tiny_policy, prompts, run).code == 0
@@ -184,3 +188,10 @@ def test_a_stop_after_the_last_evaluation_is_too_late(tiny_policy, prompts, whol
     run = tmp_path / "run"
     assert grpo(tiny_policy, prompts, run, stop_at(run, 6)).code == 0
     assert same(run, whole)
+
+
+def test_a_folder_of_another_name_does_not_count_among_the_checkpoints_to_keep(tiny_policy, prompts, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "iteration_old").mkdir(parents=True)
+    assert grpo(tiny_policy, prompts, run, save_steps=1, keep_last=1).code == 0
+    assert checkpoints(run) == ["iteration_00003", "iteration_old"]

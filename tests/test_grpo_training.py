@@ -156,6 +156,16 @@ def test_a_signal_of_one_process_while_answers_are_generated_stops_both(tiny_pol
 
 
 @pytest.mark.slow
+def test_processes_agree_on_what_is_done_when_one_sees_files_late(tiny_policy, prompts, tmp_path):
+    run, settings = tmp_path / "run", {"processes": 2, "save_steps": 1}
+    with FakeScorer() as scorer:
+        done = run_script(tiny_policy, scorer.url, prompts, run, script="tests/grpo_rank_stale.py", **settings)
+        assert done.returncode == 1
+        assert read_json(run / "stopped.json")["iteration"] == 2, done.stderr
+        assert [row["iteration"] for row in read_jsonl(run / "metrics.jsonl") if row["kind"] == "eval"] == [0, 2]
+
+
+@pytest.mark.slow
 def test_kill_9_costs_the_steps_since_the_last_checkpoint(undisturbed, tiny_policy, prompts, tmp_path):
     run = tmp_path / "run"
 

@@ -19,10 +19,14 @@ _NAME = re.compile(r"iteration_\d+")
 _REMOVE = "remove that checkpoint: the same command goes on from an older one, or begins again where there is none"
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run. They appear when they are whole."""
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the newest last. They appear when they are whole."""
     found = (path for path in (folder / "checkpoints").glob("iteration_*") if _NAME.fullmatch(path.name))
-    return max(found, default=None, key=step_of)
+    return sorted(found, key=step_of)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    return next(reversed(checkpoints_of(folder)), None)
 
 
 def step_of(checkpoint: Path | None) -> int:

@@ -21,7 +21,7 @@ from trl.models import unwrap_model_for_generation
 from alignment.errors import UserError
 from alignment.evaluation.held_out import score_held_out, summary_line
 from alignment.generation import Generation
-from alignment.GRPO.checkpoints import newest_checkpoint, step_of
+from alignment.GRPO.checkpoints import checkpoints_of, newest_checkpoint, step_of
 from alignment.GRPO.ranks import Stopped, failing_together, on_any
 from alignment.GRPO.settings import GRPOSettings
 from alignment.GRPO.trainer import BrokenStep, ConstrainedGRPOTrainer
@@ -53,7 +53,7 @@ class Run(TrainerCallback):
     ):
         self.settings, self.trainer, self.held_out, self.folder, self.stop = settings, trainer, held_out, folder, stop
         self.main = trainer.accelerator.is_main_process
-        self.checkpoints = folder / "checkpoints"
+        self.metrics: MetricsLog | None = None
         trainer.add_callback(self)
         trainer.phase = self._show_phase
         trainer.scorer.on_wait = self._show_waiting
@@ -65,15 +65,19 @@ class Run(TrainerCallback):
         been saved (not after a BrokenStep: with DeepSpeed the weights have taken it already).
         """
         checkpoint = newest_checkpoint(self.folder)
-        first = step_of(checkpoint)
+        first = self.saved = step_of(checkpoint)
         if checkpoint is not None:
             self.trainer.constraint.multiplier.load_state_dict(read_json(checkpoint / "constraint.json"))
             if self.main:
                 print(f"going on after step {first}", flush=True)
-        with failing_together(self.trainer.accelerator):  # after it the file is whole, and without rows of later steps
-            self.metrics = self._open_metrics(first) if self.main else None
-        rows = read_jsonl(self.folder / "metrics.jsonl")
-        self.evaluated = {row["iteration"] for row in rows if row["kind"] == "eval"}
+        # What is evaluated and saved is told by the main process, or remembered: on another node a file may show seconds
+        # after it was written, and then some processes would evaluate or save, and wait for ever for those that do not.
+        rows: list[dict] = []
+        with failing_together(self.trainer.accelerator):
+            if self.main:
+                self.metrics = self._open_metrics(first)
+                rows = read_jsonl(self.folder / "metrics.jsonl")  # whole now, and without rows of later steps
+        self.evaluated = set(gather_object([row["iteration"] for row in rows if row["kind"] == "eval"]))
         watching = self.main and watched()
         try:
             with progress_bar(self.settings.max_steps, "GRPO", "step", initial=first, disable=not watching) as self.bar:
@@ -227,13 +231,12 @@ class Run(TrainerCallback):
             raise Stopped
 
     def _save_checkpoint(self) -> None:
-        final = self.checkpoints / f"iteration_{self._step:05d}"
-        if self._step == 0 or final.exists():
+        if self._step in (0, self.saved):  # 0 also while a checkpoint is still being read
             return
-        self.trainer.accelerator.wait_for_everyone()  # all have asked whether it is there
-        self.trainer.save_whole(final)
+        self.trainer.save_whole(self.folder / "checkpoints" / f"iteration_{self._step:05d}")
+        self.saved = self._step
         if self.main:
-            for old in sorted(self.checkpoints.glob("iteration_*"))[: -self.settings.keep_last]:
+            for old in checkpoints_of(self.folder)[: -self.settings.keep_last]:
                 shutil.rmtree(old)
 
     def _save_model(self, final: Path, **state: float) -> None:
