@@ -377,6 +377,22 @@ def test_a_constant_learning_rate_warms_up_when_told_to(tiny_policy, tmp_path, s
     assert rates == pytest.approx([0.0, 0.005, 0.01, 0.01])
 
 
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_checkpoint_is_not_begun_without_room_for_weights_and_moments(tiny_policy, tmp_path, monkeypatch, lora_rank):
+    trainer = make_trainer(tiny_policy, tmp_path / "run", StubScorer(), lora_rank=lora_rank, max_steps=1)
+    trainer.train()
+    trained = sum(value.nbytes for value in trainer.model.parameters() if value.requires_grad)
+    free = [3 * trained - 1]
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(total=2**40, free=free[0]))
+    with pytest.raises(UserError, match=r"iteration_00001 needs \S+ GiB and its disk has \S+ GiB left"):
+        trainer.save_whole(tmp_path / "iteration_00001")
+    assert not (tmp_path / "iteration_00001").exists()
+    free[0] += 1
+    trainer.save_whole(tmp_path / "iteration_00001")
+    written = (tmp_path / "iteration_00001").glob("*")
+    assert sum(path.stat().st_size for path in written if path.suffix in (".safetensors", ".pt")) >= 3 * trained
+
+
 def test_lora_starts_at_the_base_and_is_saved_merged(tiny_policy, tmp_path):
     trainer = make_trainer(tiny_policy, tmp_path, StubScorer(), lora_rank=2, max_steps=2)
     base = AutoModelForCausalLM.from_pretrained(str(tiny_policy)).state_dict()

@@ -1,4 +1,4 @@
-"""Where a run is: its newest checkpoint, whether that is whole, and whether going on with it would still be that run."""
+"""Where a run is: what it was begun with, its newest checkpoint, and whether that is whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from alignment.errors import UserError
 from alignment.model_folder import open_safetensors, some_keys, tensor_shapes
-from alignment.records import read_json, read_jsonl, read_object
+from alignment.records import read_jsonl, read_object
 
 if TYPE_CHECKING:  # slow to import, and most of this is asked before any model is loaded
     from torch import nn
@@ -53,28 +53,13 @@ def is_finished(folder: Path, max_steps: int) -> bool:
 
 def deciding_of(folder: Path) -> dict:
     """What decides the weights of the run in `folder`, as its manifest.json says. Raises UserError."""
-    manifest = read_json(folder / "manifest.json")
-    deciding = manifest.get("deciding") if isinstance(manifest, dict) else None
+    deciding = read_object(folder / "manifest.json").get("deciding")
     if not isinstance(deciding, dict) or not isinstance(deciding.get("scorer", {}), dict):
         raise UserError(
             f"{folder / 'manifest.json'} does not say what the run was begun with (key 'deciding'): it is not one of a GRPO "
             "run, or damaged; give another --output_dir"
         )
     return deciding
-
-
-def check_same_run(begun_with: dict, now: dict, folder: Path) -> None:
-    """Raises UserError naming what of `now` (settings, weights, prompts, scorer, processes) the run was not begun with."""
-    changed = [
-        f"{name} (was {begun_with.get(name)!r}, now {value!r})"
-        for name, value in now.items()
-        if begun_with.get(name) != value
-    ]
-    if changed:
-        raise UserError(
-            f"{folder} was begun otherwise: {', '.join(changed)}. Going on would not be that run: undo the change, or give "
-            "another --output_dir"
-        )
 
 
 def check_whole(checkpoint: Path, processes: int) -> None:

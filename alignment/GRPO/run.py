@@ -19,14 +19,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl.models import unwrap_model_for_generation
 
 from alignment.errors import UserError
-from alignment.evaluation.held_out import score_held_out, summary_line
+from alignment.evaluation.held_out import is_best, score_held_out, summary_line
 from alignment.generation import Generation
 from alignment.GRPO.checkpoints import checkpoints_of, newest_checkpoint, step_of
 from alignment.GRPO.ranks import Stopped, failing_together, on_any
 from alignment.GRPO.settings import GRPOSettings
 from alignment.GRPO.trainer import BrokenStep, ConstrainedGRPOTrainer
 from alignment.progress import progress_bar, watched
-from alignment.records import finite_or_none, read_json, read_jsonl, read_object, write_json, write_jsonl
+from alignment.prompts import text_hash
+from alignment.records import finite_or_none, read_json, read_jsonl, write_json, write_jsonl
 from alignment.runs import MetricsLog, StopSignal, atomic_directory
 
 # TRL's and transformers' numbers that a step's row has as well, where there are any.
@@ -202,9 +203,9 @@ class Run(TrainerCallback):
         row = {"kind": "eval", "iteration": step, "lambda": self.trainer.constraint.multiplier.value, **measures}
         write_jsonl(self.folder / "eval" / f"iteration_{step:05d}_points.jsonl", points)
         # The best model first: metrics.jsonl says that an evaluation is done, and a kill must not fall between the two.
-        best = self.folder / "best" / "trainer_state.json"
-        if not best.exists() or row["objective"] > read_object(best, objective=(int, float))["objective"]:
-            self._save_model(self.folder / "best", objective=row["objective"])
+        standing = {"objective": row["objective"], "held_out": text_hash(self.held_out)}
+        if is_best(self.folder / "best", **standing):
+            self._save_model(self.folder / "best", **standing)
         metrics.log(row, step)
         tqdm.write(summary_line(step, row))
         if self.settings.verbose:
@@ -239,11 +240,12 @@ class Run(TrainerCallback):
             for old in checkpoints_of(self.folder)[: -self.settings.keep_last]:
                 shutil.rmtree(old)
 
-    def _save_model(self, final: Path, **state: float) -> None:
+    def _save_model(self, final: Path, **state: float | str) -> None:
         """The policy in Hugging Face layout, adapters merged, with the run's state beside it; by the main process alone."""
-        needed = sum(tensor.nbytes for tensor in self.trainer.engine.parameters().values())
-        with atomic_directory(final, needed) as folder:
-            self.trainer.engine.save_pretrained(folder)
+        engine = self.trainer.engine
+        bytes_each = next(iter(engine.parameters().values())).element_size()  # with adapters: theirs, float32
+        with atomic_directory(final, needed=bytes_each * engine.num_parameters) as folder:
+            engine.save_pretrained(folder)
             lambda_state = self.trainer.constraint.multiplier.state_dict()
             write_json(folder / "trainer_state.json", {"iteration": self._step, "lambda_state": lambda_state, **state})
 
