@@ -141,6 +141,31 @@ def test_ten_steps_are_five_a_stop_and_five(tiny_policy, prompts, tmp_path, proc
 
 
 @pytest.mark.slow
+def test_a_signal_of_one_process_while_answers_are_generated_stops_both(tiny_policy, prompts, tmp_path):
+    run, settings = tmp_path / "run", {"processes": 2, "eval_batch_size": 1, "save_steps": 100}
+    with FakeScorer() as scorer:
+        done = run_script(tiny_policy, scorer.url, prompts, run, script="tests/grpo_rank_signal.py", **settings)
+        assert done.returncode == 1
+        assert read_json(run / "stopped.json")["iteration"] == 2, done.stderr
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["iteration_00002"]
+        assert [row["iteration"] for row in read_jsonl(run / "metrics.jsonl")] == [0, 0, 1]
+        for folder in (run, tmp_path / "whole"):
+            done = run_script(tiny_policy, scorer.url, prompts, folder, **settings)
+            assert done.returncode == 0, done.stderr
+    assert same_run(run, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_processes_agree_on_what_is_done_when_one_sees_files_late(tiny_policy, prompts, tmp_path):
+    run, settings = tmp_path / "run", {"processes": 2, "save_steps": 1}
+    with FakeScorer() as scorer:
+        done = run_script(tiny_policy, scorer.url, prompts, run, script="tests/grpo_rank_stale.py", **settings)
+        assert done.returncode == 1
+        assert read_json(run / "stopped.json")["iteration"] == 2, done.stderr
+        assert [row["iteration"] for row in read_jsonl(run / "metrics.jsonl") if row["kind"] == "eval"] == [0, 2]
+
+
+@pytest.mark.slow
 def test_kill_9_costs_the_steps_since_the_last_checkpoint(undisturbed, tiny_policy, prompts, tmp_path):
     run = tmp_path / "run"
 

@@ -529,7 +529,4 @@ class ESTrainer:
     def _show_waiting(self, seconds: float) -> None:
         if self._stopping():
             raise _StoppedWaiting
-        text = f"waiting for the scorer, {seconds / 60:.0f} min"
-        self.bar.set_description(text)
-        if not watched() and seconds > 0:
-            print(text, flush=True)
+        self.bar.set_description(f"waiting for the scorer, {seconds / 60:.0f} min")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from alignment.errors import UserError
 from alignment.model_folder import open_safetensors, some_keys, tensor_shapes
-from alignment.records import read_object
+from alignment.records import read_jsonl, read_object
 
 if TYPE_CHECKING:  # slow to import, and most of this is asked before any model is loaded
     from torch import nn
@@ -19,14 +19,36 @@ _NAME = re.compile(r"iteration_\d+")
 _REMOVE = "remove that checkpoint: the same command goes on from an older one, or begins again where there is none"
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run. They appear when they are whole."""
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the newest last. They appear when they are whole."""
     found = (path for path in (folder / "checkpoints").glob("iteration_*") if _NAME.fullmatch(path.name))
-    return max(found, default=None, key=step_of)
+    return sorted(found, key=step_of)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    return next(reversed(checkpoints_of(folder)), None)
 
 
 def step_of(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.removeprefix("iteration_"))
+
+
+def is_finished(folder: Path, max_steps: int) -> bool:
+    """Whether nothing is left to do: final/ is the policy after `max_steps`, and its held-out evaluation is done.
+
+    final/ may be that of a shorter run which was gone on with and killed before its new end was written.
+    """
+    state = folder / "final" / "trainer_state.json"
+    if step_of(newest_checkpoint(folder)) < max_steps or not state.exists():
+        return False
+    step = read_object(state, iteration=int)["iteration"]
+    if step < max_steps:
+        return False
+    try:
+        rows = read_jsonl(folder / "metrics.jsonl")
+    except UserError:  # a torn last line is mended, and anything else told, when the run goes on
+        return False
+    return any(row.get("kind") == "eval" and row.get("iteration") == step for row in rows)
 
 
 def deciding_of(folder: Path) -> dict:

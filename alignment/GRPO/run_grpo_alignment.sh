@@ -47,7 +47,8 @@ config="${CONFIG_FILE:-alignment/GRPO/grpo_alignment.yaml}"
 scorer_flag
 wandb_flag
 
-# The launcher keeps signals from the training processes; they look for this file after every step.
+# The launcher keeps signals from the training processes; they look for this file after every step, batch of held-out
+# answers and checkpoint.
 stop_child() {
     mkdir -p "$folder"
     touch "$folder/stop"

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from alignment.config import as_yaml
 from alignment.errors import UserError, run_main
-from alignment.GRPO.checkpoints import check_weights, check_whole, deciding_of, newest_checkpoint, step_of
+from alignment.GRPO.checkpoints import check_weights, check_whole, deciding_of, is_finished, newest_checkpoint
 from alignment.GRPO.settings import load_settings
 from alignment.prompts import draw_rows, text_hash
 from alignment.records import check_writable_folder, load_prompts, write_json
@@ -45,7 +45,7 @@ def main() -> int:
     checkpoint = newest_checkpoint(folder)
     if begun:
         check_same_run(begun_with, settings.deciding(), folder, "--output_dir")
-        if step_of(checkpoint) >= settings.max_steps and (folder / "final").exists():
+        if is_finished(folder, settings.max_steps):
             print(f"{folder} is finished; a larger --max_steps would go on with it")
             return 0
     for place in (folder, folder / "checkpoints"):

@@ -149,14 +149,20 @@ class Engine(ABC):
         return [answers[index] for index in range(len(prompts))]
 
     def generate_share(
-        self, prompts: Sequence[str], max_new_tokens: int, rank: int, world_size: int
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        rank: int,
+        world_size: int,
+        before_batch: Callable[[], None] = lambda: None,
     ) -> dict[int, Generation]:
-        """Greedy answers to this process's share of `prompts`, by index.
+        """Greedy answers to this process's share of `prompts`, by index. What `before_batch` raises ends it.
 
         Whole batches are dealt out, so that an answer does not depend on how many processes there are.
         """
         answers: dict[int, Generation] = {}
         for batch in self._batches(prompts, max_new_tokens)[rank::world_size]:
+            before_batch()
             answers |= self._answer(batch, max_new_tokens, Sampling())
         return answers
 

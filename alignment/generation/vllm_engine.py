@@ -176,13 +176,19 @@ class VLLMEngine(Engine):
         return linear_weights(on_meta(self.config))
 
     def generate_share(
-        self, prompts: Sequence[str], max_new_tokens: int, rank: int, world_size: int
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        rank: int,
+        world_size: int,
+        before_batch: Callable[[], None] = lambda: None,
     ) -> dict[int, Generation]:
         """Prompts are dealt out one by one, by length: vLLM forms its own batches, which here are not what an answer hangs
         on but for its rounding. In 16 bits a text may change at a near tie with the number of processes.
         """
         (everything,) = self._batches(prompts, max_new_tokens)
         own = dict(list(everything.items())[rank::world_size])
+        before_batch()
         return self._answer(own, max_new_tokens, Sampling()) if own else {}
 
     def generate_members(
