@@ -58,8 +58,8 @@ from alignment.scoring.scores import deciding as deciding_part
 UNPERTURBED = -1  # the member number of theta itself, which lambda and the training curve are taken from
 
 
-class _StoppedWaiting(Exception):
-    """A signal came while a scoring thread waited for a scorer that is away."""
+class _Stopped(Exception):
+    """A signal came between two batches of an evaluation, or while a scoring thread waited for a scorer that is away."""
 
 
 class ESTrainer:
@@ -267,7 +267,7 @@ class ESTrainer:
             while pending:
                 self._keep(own, *pending.pop(0))
             seconds["wait_for_scores"] = time.perf_counter() - waiting
-        except _StoppedWaiting:
+        except _Stopped:
             pass
         except UserError as error:  # all processes end together, each with its finished members saved
             with suppress(UserError):
@@ -419,11 +419,15 @@ class ESTrainer:
         stopped, error = False, None
         try:
             answers = self.engine.generate_share(
-                self.held_out_prompts, s.max_new_tokens, self.processes.rank, self.processes.world_size
+                self.held_out_prompts,
+                s.max_new_tokens,
+                self.processes.rank,
+                self.processes.world_size,
+                self._stop_if_told,
             )
             own = score_answers([self.held_out_prompts[i] for i in answers], list(answers.values()), self.scorer)
             points = dict(zip(answers, own, strict=True))
-        except _StoppedWaiting:
+        except _Stopped:
             stopped = True
         except UserError as failure:
             error = str(failure)
@@ -526,7 +530,10 @@ class ESTrainer:
         for warning in advice.warnings(row, self.steps[-1]["metrics"] if self.steps else None):
             tqdm.write(f"warning: {warning}")
 
-    def _show_waiting(self, seconds: float) -> None:
+    def _stop_if_told(self) -> None:
         if self._stopping():
-            raise _StoppedWaiting
+            raise _Stopped
+
+    def _show_waiting(self, seconds: float) -> None:
+        self._stop_if_told()
         self.bar.set_description(f"waiting for the scorer, {seconds / 60:.0f} min")
