@@ -24,17 +24,11 @@ from pathlib import Path
 
 from alignment.config import as_yaml
 from alignment.errors import PassingError, UserError, run_main
-from alignment.GRPO.checkpoints import (
-    check_same_run,
-    check_weights,
-    check_whole,
-    deciding_of,
-    newest_checkpoint,
-    step_of,
-)
+from alignment.GRPO.checkpoints import check_weights, check_whole, deciding_of, is_finished, newest_checkpoint, step_of
 from alignment.GRPO.settings import load_settings
 from alignment.prompts import draw_rows, text_hash
 from alignment.records import check_writable_folder, load_prompts, write_json
+from alignment.runs import check_same_run
 
 EXIT_STOPPED = 128  # plus the signal's number, as shells do
 
@@ -58,11 +52,12 @@ def main() -> int:
     begun_with = deciding_of(folder) if begun else {}
     checkpoint = newest_checkpoint(folder)
     if begun:
-        check_same_run(begun_with, settings.deciding(), folder)
-        if step_of(checkpoint) >= settings.max_steps and (folder / "final").exists():
+        check_same_run(begun_with, settings.deciding(), folder, "--output_dir")
+        if is_finished(folder, settings.max_steps):
             print(f"{folder} is finished; a larger --max_steps would go on with it")
             return 0
-    check_writable_folder(folder)
+    for place in (folder, folder / "checkpoints"):
+        check_writable_folder(place)
     first = int(os.environ.get("RANK", 0)) == 0
     if first and "STOP_CLEARED" not in os.environ:  # a job script does it before the launcher starts
         for name in ("stop", "stopped.json"):
@@ -72,7 +67,8 @@ def main() -> int:
             raise UserError(
                 f"{folder} holds checkpoints but no manifest.json: what run is that? Give another --output_dir"
             )
-        check_same_run(begun_with, {"processes": processes}, folder)  # each has random numbers of its own there
+        # Each process has random numbers of its own there.
+        check_same_run(begun_with, {"processes": processes}, folder, "--output_dir")
         check_whole(checkpoint, processes)
     drawn = [row[settings.prompt_key] for row in draw_rows(train_rows, settings.max_samples)]
     held_out = [row[settings.prompt_key] for row in draw_rows(held_out_rows, settings.eval_samples)]
@@ -90,6 +86,7 @@ def main() -> int:
     from alignment.GRPO.trainer import ConstrainedGRPOTrainer
     from alignment.GRPO.trl_config import adapter_config, trl_config, weights_dtype
     from alignment.lagrangian import LagrangeMultiplier
+    from alignment.progress import watched
     from alignment.runs import StopSignal, write_run_files
     from alignment.scoring.client import SAY_EVERY, ScorerClient
     from alignment.scoring.scores import deciding as deciding_part
@@ -97,11 +94,11 @@ def main() -> int:
     told = 0.0
 
     def show_waiting(seconds: float) -> None:
-        """Until the run does it: a line a minute, and no more waiting once a stop came."""
+        """Ends the waiting once a stop came. On a terminal, without a bar yet, a line a minute; else the client says it."""
         nonlocal told
         if (folder / "stop").exists():
             raise Stopped
-        if seconds - told >= SAY_EVERY:
+        if watched() and seconds - told >= SAY_EVERY:
             told = seconds
             print(f"waiting for the scorer, {seconds / 60:.0f} min", file=sys.stderr, flush=True)
 
@@ -137,7 +134,7 @@ def main() -> int:
             "scorer": deciding_part(scorer.identity()),
         }
         if begun:
-            check_same_run(begun_with, deciding, folder)
+            check_same_run(begun_with, deciding, folder, "--output_dir")
         multiplier = LagrangeMultiplier.from_settings(settings)
         trainer = ConstrainedGRPOTrainer(
             args,
