@@ -14,9 +14,9 @@ from fake_scorer import FakeScorer, score_of
 from alignment.errors import UserError
 from alignment.scoring import client as client_module
 from alignment.scoring import connection
-from alignment.scoring.client import ScorerClient, ScorerUnavailable, difference
+from alignment.scoring.client import ScorerClient, ScorerUnavailable
 from alignment.scoring.discovery import Publication, address_path, own_address, write_secret
-from alignment.scoring.scores import Scores
+from alignment.scoring.scores import Scores, difference
 
 PROMPTS = [f"prompt {index}" for index in range(50)]
 RESPONSES = [f"response {index}" for index in range(50)]

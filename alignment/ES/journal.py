@@ -17,6 +17,7 @@ from typing import Any
 
 from alignment.errors import UserError
 from alignment.records import JsonlWriter, read_jsonl, write_jsonl
+from alignment.scoring.scores import asked_of
 
 MEMBER_KEYS = "iteration member rewards costs errors tokens unfinished cut truncated distinct".split()
 
@@ -126,7 +127,10 @@ def _check_start(path: Path, start: dict, base_weights: str, settings: dict[str,
             f"{path} was begun from other base weights ({start['base_weights'][:12]}, not {base_weights[:12]}): "
             "give the same --policy_model_path, or another --experiment_dir"
         )
-    check_settings(path, start["settings"], dict.fromkeys(start["settings"]) | settings)
+    begun, now = start["settings"], dict.fromkeys(start["settings"]) | settings
+    if begun.get("scorer") and now.get("scorer"):
+        now["scorer"] = asked_of(begun["scorer"], now["scorer"])
+    check_settings(path, begun, now)
 
 
 class MembersFile:

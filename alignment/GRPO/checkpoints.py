@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from alignment.errors import UserError
 from alignment.model_folder import open_safetensors, some_keys, tensor_shapes
 from alignment.records import read_json, read_object
+from alignment.scoring.scores import asked_of
 
 if TYPE_CHECKING:  # slow to import, and most of this is asked before any model is loaded
     from torch import nn
@@ -43,6 +44,8 @@ def deciding_of(folder: Path) -> dict:
 
 def check_same_run(begun_with: dict, now: dict, folder: Path) -> None:
     """Raises UserError naming what of `now` (settings, weights, prompts, scorer, processes) the run was not begun with."""
+    if begun_with.get("scorer") and now.get("scorer"):
+        now = now | {"scorer": asked_of(begun_with["scorer"], now["scorer"])}
     changed = [
         f"{name} (was {begun_with.get(name)!r}, now {value!r})"
         for name, value in now.items()

@@ -31,7 +31,7 @@ import numpy as np
 from alignment.errors import UserError
 from alignment.scoring.connection import FIRST_PAUSE, IDENTITY_HEADER, LONGEST_PAUSE, Endpoint, Retry
 from alignment.scoring.discovery import ScorerNotFound, find_from_environment, read_secret
-from alignment.scoring.scores import Scores, deciding
+from alignment.scoring.scores import Scores, asked_of, deciding, difference
 
 HEALTH_TIMEOUT = 10.0  # seconds: /health answers at once, also while the service scores
 SAY_AFTER, SAY_EVERY = 5.0, 60.0  # seconds until the first and between lines about waiting, where nobody else shows it
@@ -108,7 +108,7 @@ class ScorerClient:
         return self._identity
 
     def identity(self) -> dict:
-        """What decides a score, as the service said at first contact: models, weights, dtype, template, settings."""
+        """What decides a score, as the service said at first contact: scores.py."""
         return self._identity if self._identity is not None else self.wait_until_ready()
 
     def score(self, prompts: list[str], responses: list[str], finished: list[bool] | None = None) -> Scores:
@@ -199,10 +199,11 @@ class ScorerClient:
         if not isinstance(identity, dict):
             raise UserError(f"{endpoint.url}/health names no identity: is that a scorer of this project?")
         with self._lock:
-            if self._identity is not None and deciding(self._identity) != deciding(identity):
-                changes = difference(deciding(self._identity), deciding(identity))
+            known = deciding(self._identity or identity)
+            if known != (now := asked_of(known, identity)):
                 raise UserError(
-                    f"scorer {endpoint.url}: {changes}; the run began with the former: start that one again, or begin another run"
+                    f"scorer {endpoint.url}: {difference(known, now)}; the run began with the former: start that one again,"
+                    " or begin another run"
                 )
             self._identity = identity
             endpoint.identity_hash, endpoint.verified = headers.get(IDENTITY_HEADER), True
@@ -350,16 +351,3 @@ def checked(url: str, answer: object, count: int) -> Scores:
         columns["errors"],
         [bool(one) for one in columns["truncated"]],
     )
-
-
-def difference(known: dict, now: dict, path: str = "") -> str:
-    """What changed between two identities: "cost_model.weights was a, is b"."""
-    changes = []
-    for key in sorted(known.keys() | now.keys()):
-        old, new = known.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            if old != new:
-                changes.append(difference(old, new, f"{path}{key}."))
-        elif old != new:
-            changes.append(f"{path}{key} was {old!r}, is {new!r}")
-    return ", ".join(changes)
