@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import socket
 import threading
@@ -428,6 +429,46 @@ def test_auto_finds_the_scorer_and_finds_it_again_elsewhere(tmp_path, monkeypatc
         publish(tmp_path, second, "third token")
         assert client.score(PROMPTS, RESPONSES).rewards.tolist() == expected(0)
     assert len(waits) >= 3
+
+
+def test_auto_keeps_to_its_scorer_when_another_fits_too(tmp_path, monkeypatch):
+    """One dropped connection, after a second experiment's scorer with the same models came up, ended the run."""
+    monkeypatch.setenv("LOGS_DIR", str(tmp_path))
+    dropped = []
+
+    def drop_one(number, body):
+        if number == 2 and not dropped:
+            return dropped.append(number)
+        return FakeScorer.scores(body)
+
+    with FakeScorer(drop_one) as mine, FakeScorer() as other:
+        publish(tmp_path, mine)
+        client = ScorerClient("auto")
+        client.score(PROMPTS[:1], RESPONSES[:1])
+        publish(tmp_path, other)
+        assert client.score(PROMPTS[:2], RESPONSES[:2]).rewards.tolist() == expected(0)[:2]
+        assert dropped and client.url == mine.url and other.requests == []
+
+
+def test_auto_waits_for_its_scorer_when_several_others_fit(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOGS_DIR", str(tmp_path))
+    with FakeScorer() as mine:
+        publish(tmp_path, mine)
+        client = ScorerClient("auto", max_wait=20)
+        client.score(PROMPTS[:1], RESPONSES[:1])
+    waits = []
+    with FakeScorer() as one, FakeScorer() as two, contextlib.ExitStack() as stack:
+        publish(tmp_path, one)
+        publish(tmp_path, two)
+
+        def on_wait(seconds):
+            waits.append(seconds)
+            if len(waits) == 3:
+                publish(tmp_path, stack.enter_context(FakeScorer(port=int(mine.url.rsplit(":", 1)[1]))))
+
+        client.on_wait = on_wait
+        assert client.score(PROMPTS[:2], RESPONSES[:2]).rewards.tolist() == expected(0)[:2]
+        assert client.url == mine.url and one.requests == two.requests == []
 
 
 def test_auto_without_a_scorer(tmp_path, monkeypatch):

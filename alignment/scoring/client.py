@@ -30,7 +30,7 @@ import numpy as np
 
 from alignment.errors import UserError
 from alignment.scoring.connection import FIRST_PAUSE, IDENTITY_HEADER, LONGEST_PAUSE, Endpoint, Retry
-from alignment.scoring.discovery import ScorerNotFound, find_from_environment, read_secret
+from alignment.scoring.discovery import Address, ScorerNotFound, find_from_environment, read_secret
 from alignment.scoring.scores import Scores, asked_of, deciding, difference
 
 HEALTH_TIMEOUT = 10.0  # seconds: /health answers at once, also while the service scores
@@ -80,7 +80,7 @@ class ScorerClient:
         self.batch_size, self.timeout, self.max_wait, self.on_wait = batch_size, timeout, max_wait, on_wait
         self.concurrency, self.deadline = concurrency, deadline
         self._token = token
-        self._token_file: str | None = None
+        self._address: Address | None = None  # with "auto", what was found last
         self._auto = urls == [AUTO]
         self._endpoints = [] if self._auto else [Endpoint(one, self._configured_token) for one in dict.fromkeys(urls)]
         if not self._auto and not urls:
@@ -272,22 +272,21 @@ class ScorerClient:
             if time.monotonic() < self._looks_again:
                 raise ScorerNotFound(self._problem)
             try:
-                address = find_from_environment(self._identity)
+                address = find_from_environment(self._identity, self._address)
                 if address.token_file is not None and not Path(address.token_file).exists():
                     raise ScorerNotFound(f"{address.where()}: its token file {address.token_file} is not there")
             except ScorerNotFound as error:
                 self._problem, self._looks_again = str(error), time.monotonic() + LOOK_EVERY / 2
                 raise
-            known = self._endpoints[0] if self._endpoints else None
-            if known is None or (known.url, self._token_file) != (address.url, address.token_file):
-                self._token_file = address.token_file
+            known, self._address = self._address, address
+            if known is None or (known.url, known.token_file) != (address.url, address.token_file):
                 self._endpoints = [Endpoint(address.url, self._configured_token)]
                 self.url = address.url
             self._endpoints[0].lost = False
 
     def _configured_token(self) -> str | None:
         """The token to send now: files are read again after a refusal, because a restarted scorer may have another."""
-        token, path = self._token, self._token_file
+        token, path = self._token, self._address.token_file if self._address is not None else None
         if token is None and path is None:
             token, path = os.environ.get("SCORER_AUTH"), os.environ.get("SCORER_TOKEN_FILE")
         if not token and path:
