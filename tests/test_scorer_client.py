@@ -28,6 +28,7 @@ def quick(monkeypatch):
     for module in (client_module, connection):
         monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(client_module, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(client_module, "PAUSE_AFTER_FAILED", 0.01)
     for name in ("SCORER_AUTH", "SCORER_TOKEN_FILE", "EXPERIMENT_ID", "SCORER_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
 
@@ -54,7 +55,7 @@ def test_nothing_to_score():
     assert scores.rewards.shape == (0,) and scorer.requests == []
 
 
-@pytest.mark.parametrize("fault", [429, 502, 503, 504, None])
+@pytest.mark.parametrize("fault", [429, 500, 502, 503, 504, None])
 def test_what_passes_is_tried_again(fault):
     waits = []
 
@@ -65,11 +66,36 @@ def test_what_passes_is_tried_again(fault):
     assert len(waits) == 2 and waits == sorted(waits)
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 500])
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 422])
 def test_what_is_wrong_is_not_tried_again(status):
     with FakeScorer(lambda number, body: status) as scorer, pytest.raises(UserError, match=f"{status}: as the test"):
         ScorerClient(scorer.url).score(["a"], ["b"])
     assert len(scorer.requests) == 1
+
+
+def test_a_scorer_that_only_fails_is_given_up_in_its_own_words(monkeypatch):
+    pauses = []
+    pause = client_module._Call.pause
+    monkeypatch.setattr(
+        client_module._Call,
+        "pause",
+        lambda call, waited, seconds: (pauses.append(seconds), pause(call, waited, seconds)),
+    )
+    with FakeScorer(lambda number, body: 500) as scorer:
+        with pytest.raises(
+            UserError, match=f"{scorer.url} has failed 7 times, the last one 500: as the test"
+        ) as caught:
+            ScorerClient(scorer.url).score(["a"], ["b"])
+        assert not isinstance(caught.value, ScorerUnavailable)
+    assert len(scorer.requests) == 7 and len(pauses) == 6
+    assert pauses[-1] > 10 * pauses[0]
+
+
+def test_one_scorer_fails_and_another_does_not():
+    with FakeScorer(lambda number, body: 500) as bad, FakeScorer() as good:
+        client = ScorerClient([bad.url, good.url], batch_size=1)
+        assert client.score(PROMPTS, RESPONSES).rewards.tolist() == expected(0)
+        assert bad.requests
 
 
 def test_a_scorer_that_stays_away():

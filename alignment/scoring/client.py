@@ -7,9 +7,10 @@
 A call is cut into chunks, several of which are under way at a time; with several addresses each chunk goes to the one that
 has the least to do, and one of them may go away. Connection errors, timeouts and the answers 429, 502, 503, 504 are tried
 again with growing, jittered pauses until `max_wait` seconds have gone by without an answer; then ScorerUnavailable is raised
-and the trainer saves its state. Any other 4xx is a mistake in the request and is raised at once. Every answer is checked:
-number of scores, finite or null with a reason, and the scorer's identity, which must stay what it was at first contact, at
-every address and after every restart. With "auto", a scorer that comes back elsewhere (a requeued job) is found again.
+and the trainer saves its state. A 500, a round that failed, is tried again a few times. Any other 4xx is a mistake in the
+request and is raised at once. Every answer is checked: number of scores, finite or null with a reason, and the scorer's
+identity, which must stay what it was at first contact, at every address and after every restart. With "auto", a scorer that
+comes back elsewhere (a requeued job) is found again.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from alignment.scoring.scores import Scores, asked_of, deciding, difference
 
 HEALTH_TIMEOUT = 10.0  # seconds: /health answers at once, also while the service scores
 SAY_AFTER, SAY_EVERY = 5.0, 60.0  # seconds until the first and between lines about waiting, where nobody else shows it
+# Chunks that a scorer fails on are asked again so often, after pauses that begin so long (seconds) and double: a minute in all.
+RETRIES_OF_FAILED, PAUSE_AFTER_FAILED = 6, 1.0
 LOOK_EVERY = 2.0  # seconds, with "auto" while no scorer is found
 AUTO = "auto"
 
@@ -210,7 +213,7 @@ class ScorerClient:
 
     def _persist(self, attempt: Callable[[Endpoint, float], Answer], work: int, call: _Call, max_wait: float) -> Answer:
         """Tries until an answer comes, `max_wait` goes by without any, or the call ends."""
-        began, problem = time.monotonic(), "none"
+        began, problem, failures = time.monotonic(), "none", 0
         while True:
             if call.left() <= 0:
                 raise ScorerUnavailable(f"scorer {self.url}: not done after {self.deadline:g} s; last error: {problem}")
@@ -223,6 +226,13 @@ class ScorerClient:
                 problem = str(error)
                 with self._lock:
                     rest = min(endpoint.rests_until for endpoint in self._endpoints) - time.monotonic()
+                failures += error.failed
+                if failures > RETRIES_OF_FAILED:
+                    raise UserError(
+                        f"scorer {endpoint.url} has failed {failures} times, the last one {problem}"
+                    ) from error
+                if error.failed and failures >= len(self._endpoints):  # no other may do better
+                    rest = PAUSE_AFTER_FAILED * 2 ** (failures - len(self._endpoints)) * random.uniform(0.75, 1.25)
             except ScorerNotFound as error:
                 problem, rest = str(error), LOOK_EVERY * random.uniform(0.5, 1.5)
             self._problem = problem

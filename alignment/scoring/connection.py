@@ -3,8 +3,9 @@
     endpoint = Endpoint("http://127.0.0.1:8000", token=lambda: None)
     answer, headers = endpoint.ask("POST", "/score_batch", body, timeout=300.0)  # raises Retry, UserError
 
-What may pass is a `Retry`: connection errors, timeouts, answers cut short, and 429, 502, 503, 504. All else is the
-request's fault and a UserError. A 401 is asked again once if the token has changed meanwhile (a scorer that was restarted).
+What may pass is a `Retry`: connection errors, timeouts, answers cut short, 429, 502, 503, 504, and 500, with which a scorer
+answers for a round that failed (a GPU without memory while somebody shares it) and lives on. All else is the request's fault
+and a UserError. A 401 is asked again once if the token has changed meanwhile (a scorer that was restarted).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import requests
 
 from alignment.errors import UserError
 
-RETRY_STATUS = {429, 502, 503, 504}
+RETRY_STATUS = {429, 500, 502, 503, 504}
+FAILED_STATUS = 500
 GATEWAY_STATUS = {502, 504}  # somebody in between speaks: the scorer itself may be gone
 LONGEST_RETRY_AFTER = 30.0  # seconds
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0  # seconds; doubled after every failure
@@ -28,11 +30,14 @@ IDENTITY_HEADER = "X-Scorer-Identity"  # a hash of the service's identity, in ev
 
 
 class Retry(Exception):
-    """What may pass. `pause` is how long the scorer asks to wait; `lost` says that it may no longer be there."""
+    """What may pass. `pause` is how long the scorer asks to wait; `lost` says that it may no longer be there.
 
-    def __init__(self, problem: str, pause: float = 0.0, lost: bool = False) -> None:
+    `failed`: it was at work and failed, which passes or is the texts' fault.
+    """
+
+    def __init__(self, problem: str, pause: float = 0.0, lost: bool = False, failed: bool = False) -> None:
         super().__init__(problem)
-        self.pause, self.lost = pause, lost
+        self.pause, self.lost, self.failed = pause, lost, failed
 
 
 class Endpoint:
@@ -73,7 +78,12 @@ class Endpoint:
         if not reply.ok:
             problem = f"{reply.status_code}: {detail(reply)}"
             if reply.status_code in RETRY_STATUS:
-                raise Retry(problem, retry_after(reply), reply.status_code in GATEWAY_STATUS)
+                raise Retry(
+                    problem,
+                    retry_after(reply),
+                    lost=reply.status_code in GATEWAY_STATUS,
+                    failed=reply.status_code == FAILED_STATUS,
+                )
             raise UserError(f"scorer {self.url}{path} refused the request, {problem}")
         try:
             return reply.json(), reply.headers
