@@ -25,8 +25,7 @@ RESPONSES = [f"response {index}" for index in range(50)]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    for module in (client_module, connection):
-        monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(connection, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(client_module, "LOOK_EVERY", 0.05)
     monkeypatch.setattr(client_module, "PAUSE_AFTER_FAILED", 0.01)
     for name in ("SCORER_AUTH", "SCORER_TOKEN_FILE", "EXPERIMENT_ID", "SCORER_JOB_ID"):
@@ -383,6 +382,60 @@ def test_one_of_several_goes_away_and_comes_back():
             back.identity = {"dtype": "float16"}
             with pytest.raises(UserError, match="dtype was 'float32', is 'float16'"):
                 client.wait_until_ready()
+
+
+def test_one_of_several_that_hangs_is_left_alone_while_another_answers():
+    """It was asked again after a pause of seconds, and each time a chunk waited for its whole timeout."""
+    release = threading.Event()
+
+    def hang(number, body):
+        release.wait(20)
+        return FakeScorer.scores(body)
+
+    def ask(calls: int) -> float:
+        """The longest of so many calls, in seconds."""
+        longest = 0.0
+        for _ in range(calls):
+            began = time.monotonic()
+            assert client.score(PROMPTS[:8], RESPONSES[:8]).rewards.tolist() == expected(0)[:8]
+            longest = max(longest, time.monotonic() - began)
+        return longest
+
+    with FakeScorer(hang) as hangs, FakeScorer() as answers:
+        client = ScorerClient([hangs.url, answers.url], batch_size=1, timeout=1.0, concurrency=2)
+        assert ask(1) >= 1
+        asked, hung = len(hangs.requests), client._endpoints[0]
+        assert 1 <= asked <= 4 and 0.5 < hung.avoided_until - time.monotonic() <= 1
+        hung.avoided_until += 20  # however long the next calls take here
+        assert ask(3) < 1 and len(hangs.requests) == asked
+        hung.avoided_until = 0.0  # its time is over: one chunk tries it
+        assert ask(1) >= 1 and len(hangs.requests) == asked + 1
+        assert 1.5 < hung.avoided_until - time.monotonic() <= 2  # and it is left alone for longer
+        release.set()
+        assert ask(1) < 1 and len(hangs.requests) == asked + 1
+        hung.avoided_until = 0.0
+        ask(3)
+        assert len(hangs.requests) > asked + 3 and hung.avoided == 0.0  # it takes its share again
+
+
+def test_after_all_have_hung_none_is_left_alone_for_long():
+    """As when the network is away: what is there again must not be avoided for many times the timeout."""
+    away = threading.Event()
+    away.set()
+
+    def answer(number, body):
+        while away.is_set():
+            time.sleep(0.01)
+        return FakeScorer.scores(body)
+
+    def on_wait(seconds):
+        if seconds > 3:
+            away.clear()
+
+    with FakeScorer(answer) as one, FakeScorer(answer) as two:
+        client = ScorerClient([one.url, two.url], batch_size=10, timeout=1.0, on_wait=on_wait)
+        assert client.score(PROMPTS, RESPONSES).rewards.tolist() == expected(0)
+        assert max(endpoint.avoided for endpoint in client._endpoints) <= 2
 
 
 def test_one_of_several_is_away_from_the_start():

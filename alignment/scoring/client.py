@@ -30,7 +30,7 @@ from typing import TypeVar
 import numpy as np
 
 from alignment.errors import UserError
-from alignment.scoring.connection import FIRST_PAUSE, IDENTITY_HEADER, LONGEST_PAUSE, Endpoint, Retry
+from alignment.scoring.connection import IDENTITY_HEADER, Endpoint, Retry
 from alignment.scoring.discovery import Address, ScorerNotFound, find_from_environment, read_secret
 from alignment.scoring.scores import Scores, asked_of, deciding, difference
 
@@ -225,7 +225,7 @@ class ScorerClient:
             except Retry as error:
                 problem = str(error)
                 with self._lock:
-                    rest = min(endpoint.rests_until for endpoint in self._endpoints) - time.monotonic()
+                    rest = min(one.rests_until for one in self._there()) - time.monotonic()
                 failures += error.failed
                 if failures > RETRIES_OF_FAILED:
                     raise UserError(
@@ -250,29 +250,30 @@ class ScorerClient:
             self._find()
         with self._lock:
             now = time.monotonic()
-            awake = [endpoint for endpoint in self._endpoints if endpoint.rests_until <= now]
-            if awake:
-                endpoint = min(awake, key=lambda one: one.outstanding)
-            else:
-                endpoint = min(self._endpoints, key=lambda one: one.rests_until)
+            there = self._there()
+            # Of those awake the one with the least to do, else the one that wakes first.
+            endpoint = min(there, key=lambda one: (max(0.0, one.rests_until - now), one.outstanding))
             endpoint.outstanding += work
+            if any(one is not endpoint and not one.lost for one in there):
+                endpoint.try_alone()
         try:
             yield endpoint
-            self._answered = time.monotonic()
-            endpoint.pause = FIRST_PAUSE
+            with self._lock:
+                self._answered = time.monotonic()
+                endpoint.has_answered()
         except Retry as error:
             with self._lock:
-                endpoint.verified = endpoint.verified and not error.lost
-                endpoint.lost = endpoint.lost or error.lost
-                now = time.monotonic()
-                if endpoint.rests_until <= now:  # several chunks that fail together count once
-                    # Jitter keeps several ranks from coming back in step.
-                    endpoint.rests_until = now + max(error.pause, endpoint.pause * random.uniform(0.5, 1.5))
-                    endpoint.pause = min(2 * endpoint.pause, LONGEST_PAUSE)
+                endpoint.has_failed(error)
             raise
         finally:
             with self._lock:
                 endpoint.outstanding -= work
+
+    def _there(self) -> list[Endpoint]:
+        """The addresses to choose from: not those that ran into a timeout, while another answers."""
+        now = time.monotonic()
+        there = [endpoint for endpoint in self._endpoints if endpoint.avoided_until <= now]
+        return there if any(not endpoint.lost for endpoint in there) else self._endpoints
 
     def _find(self) -> None:
         """With "auto": looks for the scorer when none is known or the known one is lost."""
