@@ -70,7 +70,7 @@ class Address:
 
 @dataclass(frozen=True)
 class State:
-    """What /health says: "ready", "loading" or "silent"; the identity where known, the reason where silent."""
+    """What /health says: "ready", "loading", "stuck" or "silent"; the identity where known, the reason of the last two."""
 
     name: str
     identity: dict | None = None
@@ -178,7 +178,7 @@ def find_scorer(
         states = list(pool.map(ask_state, addresses))
     found, others = [], []
     for address, state in zip(addresses, states, strict=True):
-        if state.name == "silent":
+        if state.reason:
             others.append(f"{address.where()}: {state.reason}{stale_hint(address)}")
         elif expected_identity is None or contains(state.identity, deciding(expected_identity)):
             found.append(replace(address, identity=state.identity))
@@ -258,6 +258,8 @@ def ask_state(address: Address) -> State:
         health = reply.json()
         if health.get("instance") != address.instance:
             return State("silent", reason="another service answers there")
+        if health.get("status") == "stuck":
+            return State("stuck", health.get("identity"), str(health.get("detail") or "it is stuck"))
     except (requests.RequestException, ValueError, AttributeError) as error:
         return State("silent", reason=f"no answer ({type(error).__name__})")
     return State("ready" if reply.ok else "loading", health.get("identity"))
