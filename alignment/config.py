@@ -176,7 +176,9 @@ def _add_flag(parser: _Parser, field: dataclasses.Field, kind: Any) -> None:
     kebabs = [kebab for name in names if (kebab := "--" + name[2:].replace("_", "-")) not in names]
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     text = field.metadata.get("help", "").replace("%", "%%")
-    text += f" (default: {default})" if default not in (None, "", []) else ""
+    shown = " ".join(map(str, default)) if isinstance(default, list) else default
+    shown = str(default).lower() if isinstance(default, bool) else shown  # as a flag and the file want it
+    text += f" (default: {shown})" if default not in (None, "", []) else ""
     inner = _without_none(kind)
     if inner is bool:
         form: dict[str, Any] = {"nargs": "?", "const": True, "metavar": "true|false"}

@@ -82,19 +82,19 @@ class Processes:
     def request_stop(self) -> None:
         """Asks all processes to stop; harmless when repeated."""
         if self._store is not None:
-            self._store.set(_STOP, "1")
+            self._talk(lambda: self._store.set(_STOP, "1"))
 
     def stop_requested(self) -> bool:
         """Whether any process asked to stop. Cheap; no process waits for another."""
-        return self._store is not None and self._store.check([_STOP])
+        return self._store is not None and self._talk(lambda: self._store.check([_STOP]))
 
     def close(self) -> None:
         if self.world_size > 1 and dist.is_initialized():  # vLLM has ended it when its engine was closed
             dist.destroy_process_group()
 
-    def _talk(self, exchange: Callable[[], None]) -> None:
+    def _talk(self, exchange: Callable[[], Result]) -> Result:
         try:
-            exchange()
+            return exchange()
         except RuntimeError as error:  # gloo's word for a peer that is gone or does not answer
             raise UserError(
                 "another process of this run ended or does not answer; what was finished is saved, "

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import sys
 import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 EXIT_USER_ERROR = 2
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -20,22 +22,35 @@ class UserError(Exception):
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Runs a script's `main` and exits: 0 or what it returns, 2 for a UserError or a full disk (one line, no trace), 130 for
-    Ctrl-C."""
+    """Runs a script's `main` and exits: 0 or what it returns, 2 for a UserError or a full disk, that of stdout as well (one
+    line, no trace), 130 for Ctrl-C."""
     threading.excepthook = _tell_of_thread
     try:
-        sys.exit(main() or 0)
+        try:
+            sys.exit(main() or 0)
+        except SystemExit:  # of --help as well
+            sys.stdout.flush()  # what was printed is written here, or its error told below
+            raise
     except UserError as error:
         tell(str(error))
-        sys.exit(error.exit_code)
+        _leave(error.exit_code)
     except OSError as error:  # what writes outside alignment/records.py: libraries, and print
         if error.errno not in NO_ROOM:
             raise
         tell(f"cannot write {error.filename or 'to disk'}: {error.strerror}; make room and run it again")
-        sys.exit(EXIT_USER_ERROR)
+        _leave(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        _leave(EXIT_INTERRUPTED)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exits. What stdout does not take is lost: Python would try again on its way out, with a trace and a code of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def _tell_of_thread(failed: threading.ExceptHookArgs) -> None:

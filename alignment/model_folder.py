@@ -114,6 +114,14 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise UserError(f"{folder}/config.json: not a readable transformers config: {first_line(error)}") from error
 
 
+def check_ids(folder: Path, largest: int, known: int) -> None:
+    """Raises UserError when `largest`, a tokenizer's id, is beyond the `known` ids that the model has an embedding for."""
+    if largest >= known:
+        raise UserError(
+            f"{folder}: the tokenizer has ids up to {largest}, the model knows {known}: they do not belong together"
+        )
+
+
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(key, tensor on the CPU) for every tensor of the folder. Raises UserError naming a file that cannot be read."""
     for file in weight_files(folder):

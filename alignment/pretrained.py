@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +81,24 @@ def load_whole(
     return model
 
 
-def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over the SHA-256 of each tensor's name, shape, dtype and bytes, in the order of their names.
+def tensors_hash(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over the SHA-256 of each (name, tensor)'s name, shape, dtype and bytes, in the order of their names.
 
-    Tensors are hashed side by side: a 7B model has 13 to 27 GB.
+    Some are hashed side by side, since a 7B model has 13 to 27 GB; no more than those need be in memory at once.
     """
 
-    def one(item: tuple[str, torch.Tensor]) -> bytes:
+    def one(item: tuple[str, torch.Tensor]) -> tuple[str, bytes]:
         name, tensor = item
         digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.digest()
+        return name, digest.digest()
 
+    remaining = iter(tensors)
+    digests: dict[str, bytes] = {}
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        return hashlib.sha256(b"".join(pool.map(one, sorted(tensors.items())))).hexdigest()
+        while some := list(islice(remaining, HASHING_THREADS)):
+            digests |= dict(pool.map(one, some))
+    return hashlib.sha256(b"".join(digest for _, digest in sorted(digests.items()))).hexdigest()
 
 
 def refuse_keys(

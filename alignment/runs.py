@@ -3,7 +3,8 @@
     RUN/config.yaml      the resolved settings          RUN/manifest.json   command, versions, commit, weights
     RUN/metrics.jsonl    one row an event, the truth    RUN/tensorboard/    the same for dashboards (and W&B if configured)
 
-Files and checkpoint folders appear under their final name only when they are whole and on disk.
+Files and checkpoint folders appear under their final name only when they are whole and on disk. A run goes on only as what it
+was begun as.
 """
 
 from __future__ import annotations
@@ -194,6 +195,23 @@ def _start_wandb(folder: Path, project: str, name: str | None) -> Any:
     with atomic_open(run_id_file) as file:
         file.write(run_id)
     return wandb.init(project=project, name=name or folder.name, id=run_id, resume="allow", dir=str(folder))
+
+
+def check_same_run(begun_with: dict[str, Any], now: dict[str, Any], place: Path, option: str) -> None:
+    """Raises UserError naming what of `now` (settings, weights, prompts, scorer, processes) the run was not begun with.
+
+    `place` is where the run is or says so, `option` the one that puts another run elsewhere.
+    """
+    changed = [
+        f"{key} (was {begun_with.get(key)!r}, now {value!r})"
+        for key, value in sorted(now.items())
+        if begun_with.get(key) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{place} was begun otherwise: {', '.join(changed)}. Going on would not be that run: undo the change, or give "
+            f"another {option}"
+        )
 
 
 def write_run_files(folder: Path, config_yaml: str, extra: dict[str, Any]) -> None:

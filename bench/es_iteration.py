@@ -100,7 +100,7 @@ class UnsavedTrainer(ESTrainer):
     answers: list[dict]
     scorer: SteadyScorer
 
-    def _save_model(self, final: Path, t: int, **state: float) -> None:
+    def _save_model(self, final: Path, t: int, **state: float | str) -> None:
         pass
 
     def _score_member(self, t: int, member: int, prompts: list[str], answers: list[Generation]) -> dict:

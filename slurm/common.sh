@@ -19,6 +19,14 @@ fail() {
     exit 2
 }
 
+# show_head "$@": with --help, prints the comment at the script's head and ends. For scripts that do more than hand their
+# arguments to one Python script, which has a --help of its own.
+show_head() {
+    case "${1:-}" in -h | --help) ;; *) return 0 ;; esac
+    sed -n -e 1d -e '/^#SBATCH/d' -e '/^#/!q' -e 's/^# \{0,1\}//p' "$0"
+    exit 0
+}
+
 in_job() { [ -n "${SLURM_JOB_ID:-}" ]; }
 
 # The names that a site settings file may assign: those in the example, which shows all of them.

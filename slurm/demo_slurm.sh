@@ -10,6 +10,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 . slurm/common.sh
+show_head "$@"
+[ $# = 0 ] || fail "demo_slurm.sh takes no arguments (--help tells what it does)"
 if ! sinfo >/dev/null 2>&1; then
     trap 'bash slurm/local_cluster.sh stop' EXIT
     bash slurm/local_cluster.sh start

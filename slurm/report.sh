@@ -18,10 +18,12 @@
 #SBATCH --open-mode=append
 [ -f slurm/common.sh ] || { echo "error: run this from the repository root (now in $PWD)" >&2; exit 2; }
 . slurm/common.sh
+show_head "$@"
 begin_job
 [ $# -ge 2 ] || fail "usage: report.sh FOLDER MODEL..."
 folder="$1"
 shift
+[ -d "$folder/model_comparisons" ] || fail "$folder/model_comparisons is not there: name a folder that submit_pipeline.sh filled"
 data=(--data-dir "$folder/model_comparisons")
 figures="$folder/figures"
 mkdir -p "$figures"

@@ -17,6 +17,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from experiment import CLASSIFY_SCRIPT, ES_SCRIPT, GRPO_SCRIPT, RATINGS_SCRIPT, Experiment, looks_like_path
@@ -24,7 +25,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from pipeline import Pipeline
 
-from alignment.config import script_parser
+from alignment.config import read_yaml_mapping, script_parser
 from alignment.errors import UserError, run_main
 from alignment.scoring.service_settings import DEFAULT_COST, DEFAULT_REWARD
 
@@ -32,6 +33,7 @@ PROJECT = "constrained-alignment"
 SCRIPTS = ["slurm/run_scorer_service.sh", ES_SCRIPT, "slurm/train_with_scorer.sh", GRPO_SCRIPT, CLASSIFY_SCRIPT]
 SCRIPTS += [RATINGS_SCRIPT, "slurm/report.sh"]
 SECRETS = re.compile(r"^\s*(?:export\s+)?(\w*(?:KEY|TOKEN|SECRET|SCORER_AUTH))=\S", re.MULTILINE)
+DEFAULT_ACCELERATE = "alignment/GRPO/accelerate_4gpu_zero2.yaml"  # of run_grpo_alignment.sh
 COPIES = 5  # of a policy in float32 that a training run keeps: two checkpoints, best, final, and the one being written
 
 
@@ -61,6 +63,8 @@ def main() -> int:
     check_folders(report)
     check_settings_file(report)
     check_versions(report)
+    if experiment is not None:
+        check_launcher(report, experiment)
     check_slurm(report, experiment)
     models = experiment.models if experiment else models_of_environment()
     for key, model in models.items():
@@ -115,6 +119,21 @@ def check_versions(report: Report) -> None:
         report.no(f"packages: {'; '.join(wrong)}")
     else:
         report.ok(f"torch {importlib.metadata.version('torch')} and {len(needed) - 1} other packages fit")
+
+
+def check_launcher(report: Report, experiment: Experiment) -> None:
+    """Whether Accelerate's file for GRPO is there, and DeepSpeed where that file wants it."""
+    if (stage := experiment.stages.get("grpo")) is None:
+        return
+    name = stage.environment.get("ACCELERATE_CONFIG") or os.environ.get("ACCELERATE_CONFIG") or DEFAULT_ACCELERATE
+    if name == "torchrun":
+        return
+    if not Path(name).is_file():
+        report.no(f"grpo: accelerate_config {name} is not there")
+    elif read_yaml_mapping(name).get("distributed_type") == "DEEPSPEED" and not find_spec("deepspeed"):
+        report.no(
+            f"grpo: {name} wants DeepSpeed, which is not installed: pip install deepspeed, or another accelerate_config"
+        )
 
 
 def check_slurm(report: Report, experiment: Experiment | None) -> None:

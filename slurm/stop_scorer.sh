@@ -10,8 +10,8 @@
 #SBATCH --time=10
 #SBATCH --open-mode=append
 set -euo pipefail
-if [ $# != 1 ]; then
-    echo "error: usage: stop_scorer.sh JOB" >&2
+if ! [[ $# == 1 && $1 =~ ^[0-9]+$ ]]; then
+    echo "error: usage: stop_scorer.sh JOB, the number of the scorer's job" >&2
     exit 2
 fi
 # A running scorer is asked to end, which completes its job; one that waits in the queue is cancelled.

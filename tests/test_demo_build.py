@@ -9,6 +9,7 @@ import pytest
 from alignment.demo import build as demo_build
 from alignment.demo.build import build
 from alignment.demo.data import oracle
+from alignment.errors import UserError
 from alignment.records import load_prompts, read_json
 
 EXPECTED = {
@@ -119,6 +120,13 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "models")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_other_files_is_not_replaced(tmp_path):
+    (tmp_path / "seed0-1234").mkdir()
+    with pytest.raises(UserError, match="holds something else than a build"):
+        build(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["seed0-1234"]
 
 
 def test_an_interrupted_rebuild_keeps_the_older_folder(tmp_path, monkeypatch):

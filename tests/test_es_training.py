@@ -164,8 +164,8 @@ def test_a_journal_of_other_base_weights_is_refused(undisturbed, tmp_path):
 OPTIONS = [
     {"antithetic": "true"},
     {"fitness_shaping": "centered_rank", "standardize_within_batch": "true", "safe_first": "true"},
-    {"lora_rank": 2},
-    {"trainable": "mlp"},
+    {"lora_rank": 2, "dtype": "bfloat16"},
+    {"trainable": "mlp", "dtype": "bfloat16"},
     {"noise": "reference"},
 ]
 
@@ -173,7 +173,7 @@ OPTIONS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(iter(options)))
 def test_options_end_to_end(tiny_policy, prompts, tmp_path, options):
-    """Each runs, moves what it should and nothing else, and goes on after a stop to the same weights."""
+    """Each runs, moves what it should and nothing else, goes on after a stop to the same weights, and can be rebuilt."""
     run, parts = tmp_path / "run", tmp_path / "parts"
     with FakeScorer() as scorer:
         done = run_script(tiny_policy, scorer.url, prompts, run, **options)
@@ -183,10 +183,19 @@ def test_options_end_to_end(tiny_policy, prompts, tmp_path, options):
         assert done.returncode == 0, done.stderr
     if options != {"noise": "reference"}:  # its drift is not in the journal
         assert same_weights(run, parts)
+        flags = ["--journal", str(run / "journal.jsonl"), "--policy_model_path", str(tiny_policy)]
+        flags += ["--output", str(tmp_path / "rebuilt" / "final")]
+        rebuild = [sys.executable, "alignment/ES/rebuild_checkpoint.py", *flags]
+        (tmp_path / "rebuilt").mkdir()
+        subprocess.run(rebuild, cwd=REPO, check=True, capture_output=True)
+        assert same_weights(run, tmp_path / "rebuilt")
     base = dict(AutoModelForCausalLM.from_pretrained(str(tiny_policy)).named_parameters())
     final = final_weights(run)
+    assert list((run / "final").glob("*.safetensors")) == [run / "final" / "model.safetensors"]
+    if "lora_rank" in options:  # adapters stand on the base as the policy generates with it
+        base = {name: tensor.bfloat16().float() for name, tensor in base.items()}
     moved = {name for name, tensor in base.items() if not torch.equal(tensor, final[name])}
-    if options == {"trainable": "mlp"}:
+    if "trainable" in options:
         assert moved == {name for name in base if "mlp" in name}
     elif "lora_rank" in options:
         assert moved == {name for name in base if "_proj" in name}
@@ -359,7 +368,7 @@ def test_other_settings_or_base_weights_are_refused(undisturbed, tiny_policy, pr
         scorer.identity = begun_with
         done = run_script(undisturbed[0] / "final", scorer.url, prompts, run)
         assert done.returncode == 2
-        assert "other base weights" in done.stderr
+        assert "was begun otherwise: base_weights" in done.stderr
         done = run_script(tiny_policy, scorer.url, prompts, run, resume="false")
         assert done.returncode == 2
         assert "holds a run already" in done.stderr

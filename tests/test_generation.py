@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from alignment.errors import UserError
 from alignment.generation import TransformersEngine
@@ -94,3 +96,30 @@ def test_saved_weights_are_those_given(engine, tmp_path):
     assert again.weights_hash() != engine.weights_hash()
     tied = again.model.get_output_embeddings().weight
     assert torch.equal(tied, weights["model.embed_tokens.weight"])
+
+
+def test_adapters_are_merged_and_saved_in_float32(tiny_policy, tmp_path):
+    """In bfloat16 most of this small a difference would be rounded away."""
+    engine = TransformersEngine(tiny_policy, dtype="bfloat16")
+    base = {name: tensor.float() for name, tensor in engine.parameters().items()}
+    assert engine.num_parameters == sum(tensor.numel() for tensor in base.values())
+    engine.add_lora(2, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in engine.parameters().items():
+        assert tensor.dtype == torch.float32
+        if "lora_B" in name:
+            tensor.copy_(1e-4 * torch.randn(tensor.shape, generator=generator))
+    adapters = engine.parameters()
+    engine.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    for name, tensor in base.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}.lora_{{}}.default.weight"
+        if key.format("A") in adapters:
+            tensor = tensor + adapters[key.format("B")] @ adapters[key.format("A")]  # alpha is the rank
+            assert not torch.equal(tensor, base[name])
+        assert torch.equal(saved[name], tensor)
+    again = AutoModelForCausalLM.from_pretrained(str(tmp_path))
+    assert again.dtype == torch.float32
+    assert TransformersEngine(tmp_path).holds_merged_adapters
+    assert not engine.holds_merged_adapters

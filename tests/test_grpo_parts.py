@@ -243,11 +243,25 @@ def test_a_step_that_needs_more_prompts_than_there_are():
         (["--lr_scheduler_type", "constnat"], "constant"),
         (["--lambda_min", "9"], "lambda_min"),
         (["--use_vllm", "--vllm_mode", "server"], "vllm_server_base_url"),
+        (["--lora_alpha", "16"], "lora_alpha is given, but lora_rank is 0"),
+        (["--lora_targets", "q_proj"], "lora_targets is given, but lora_rank is 0"),
     ],
 )
 def test_mistakes_in_the_settings(flags, word):
     with pytest.raises(UserError, match=word):
         load_settings([*NEEDED, *flags])
+
+
+def test_settings_that_a_run_does_not_use_do_not_decide_it():
+    """A run that an earlier version began with them can be gone on with without them, as it was."""
+    plain, warm, lora = (
+        load_settings([*NEEDED, *flags]).deciding()
+        for flags in ([], ["--warmup_steps", "3"], ["--lora_rank", "2", "--lora_alpha", "16"])
+    )
+    assert not {"warmup_steps", "lora_alpha", "lora_targets"} & plain.keys()
+    assert (plain["lr_scheduler_type"], plain["lora_rank"]) == ("constant", 0)
+    assert (warm["lr_scheduler_type"], warm["warmup_steps"]) == ("constant_with_warmup", 3)
+    assert (lora["lora_rank"], lora["lora_alpha"], len(lora["lora_targets"])) == (2, 16.0, 7)
 
 
 def test_a_retired_key_in_a_file_names_its_replacement(tmp_path):
@@ -353,6 +367,30 @@ def test_equal_rewards_do_not_move_the_weights(tiny_policy, tmp_path):
     trainer.train()
     assert any(not torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
     assert all(torch.equal(seen[1][name], seen[3][name]) for name in seen[0])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup"])
+def test_a_constant_learning_rate_warms_up_when_told_to(tiny_policy, tmp_path, schedule):
+    trainer = make_trainer(tiny_policy, tmp_path, StubScorer(), lr_scheduler_type=schedule, warmup_steps=2)
+    trainer.train()
+    rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+    assert rates == pytest.approx([0.0, 0.005, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_checkpoint_is_not_begun_without_room_for_weights_and_moments(tiny_policy, tmp_path, monkeypatch, lora_rank):
+    trainer = make_trainer(tiny_policy, tmp_path / "run", StubScorer(), lora_rank=lora_rank, max_steps=1)
+    trainer.train()
+    trained = sum(value.nbytes for value in trainer.model.parameters() if value.requires_grad)
+    free = [3 * trained - 1]
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(total=2**40, free=free[0]))
+    with pytest.raises(UserError, match=r"iteration_00001 needs \S+ GiB and its disk has \S+ GiB left"):
+        trainer.save_whole(tmp_path / "iteration_00001")
+    assert not (tmp_path / "iteration_00001").exists()
+    free[0] += 1
+    trainer.save_whole(tmp_path / "iteration_00001")
+    written = (tmp_path / "iteration_00001").glob("*")
+    assert sum(path.stat().st_size for path in written if path.suffix in (".safetensors", ".pt")) >= 3 * trained
 
 
 def test_lora_starts_at_the_base_and_is_saved_merged(tiny_policy, tmp_path):

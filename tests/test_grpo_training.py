@@ -141,6 +141,31 @@ def test_ten_steps_are_five_a_stop_and_five(tiny_policy, prompts, tmp_path, proc
 
 
 @pytest.mark.slow
+def test_a_signal_of_one_process_while_answers_are_generated_stops_both(tiny_policy, prompts, tmp_path):
+    run, settings = tmp_path / "run", {"processes": 2, "eval_batch_size": 1, "save_steps": 100}
+    with FakeScorer() as scorer:
+        done = run_script(tiny_policy, scorer.url, prompts, run, script="tests/grpo_rank_signal.py", **settings)
+        assert done.returncode == 1
+        assert read_json(run / "stopped.json")["iteration"] == 2, done.stderr
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["iteration_00002"]
+        assert [row["iteration"] for row in read_jsonl(run / "metrics.jsonl")] == [0, 0, 1]
+        for folder in (run, tmp_path / "whole"):
+            done = run_script(tiny_policy, scorer.url, prompts, folder, **settings)
+            assert done.returncode == 0, done.stderr
+    assert same_run(run, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_processes_agree_on_what_is_done_when_one_sees_files_late(tiny_policy, prompts, tmp_path):
+    run, settings = tmp_path / "run", {"processes": 2, "save_steps": 1}
+    with FakeScorer() as scorer:
+        done = run_script(tiny_policy, scorer.url, prompts, run, script="tests/grpo_rank_stale.py", **settings)
+        assert done.returncode == 1
+        assert read_json(run / "stopped.json")["iteration"] == 2, done.stderr
+        assert [row["iteration"] for row in read_jsonl(run / "metrics.jsonl") if row["kind"] == "eval"] == [0, 2]
+
+
+@pytest.mark.slow
 def test_kill_9_costs_the_steps_since_the_last_checkpoint(undisturbed, tiny_policy, prompts, tmp_path):
     run = tmp_path / "run"
 
@@ -224,10 +249,10 @@ def test_one_process_failing_ends_both(undisturbed, tiny_policy, prompts, tmp_pa
     assert same_run(run, undisturbed(2))
 
 
-def both_end(arguments: list, run: Path) -> str:
+def both_end(arguments: list, run: Path, **more: str) -> str:
     """The error that the two processes of a run end with, within a minute."""
     process = subprocess.Popen(
-        command(*arguments, run, processes=2),
+        command(*arguments, run, processes=2, **more),
         cwd=REPO,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -272,6 +297,17 @@ def test_what_the_first_process_alone_cannot_write_ends_both(tiny_policy, prompt
 
 
 @pytest.mark.slow
+def test_weights_that_cannot_be_saved_end_both_before_all_save_together(tiny_policy, prompts, tmp_path, monkeypatch):
+    run, log = tmp_path / "run", tmp_path / "log"
+    log.mkdir()
+    monkeypatch.setenv("RANK_LOG", str(log))
+    with FakeScorer() as scorer:
+        line = both_end([tiny_policy, scorer.url, prompts], run, script="tests/grpo_save_together.py")
+    assert f"cannot write {run}/checkpoints/iteration_00002: Input/output error" in line
+    assert not list(log.iterdir()) and not list((run / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
 def test_a_disk_that_fills_up_ends_both(tiny_policy, prompts, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -287,7 +323,8 @@ def test_a_disk_that_fills_up_ends_both(tiny_policy, prompts, tmp_path):
     try:
         with FakeScorer(answer) as scorer:
             line = both_end([tiny_policy, scorer.url, prompts], disk / "run")
-        assert f"cannot write {disk / 'run' / 'checkpoints' / 'iteration_0000'}" in line
+        assert f"{disk / 'run' / 'checkpoints' / 'iteration_0000'}" in line
+        assert "its disk has 0 GiB left: make room" in line
         assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["iteration_00002"]
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from script_here import CLASSIFY, ES, FIXED, GRPO, REBUILD, SERVICE, refused
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
+from alignment import model_folder
 from alignment.device import find_device
 from alignment.errors import UserError
 from alignment.ES.weights import checkpoint_weights
@@ -164,6 +165,15 @@ def test_headers_tell_what_an_engine_that_reads_the_weights_itself_would_not(tin
     with pytest.raises(UserError) as refusal:
         check_headers(folder, read_config(folder))
     assert all(word in str(refusal.value) for word in words(name))
+
+
+def test_headers_are_read_once(tiny_policy, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        model_folder, "weight_files", lambda folder, find=model_folder.weight_files: read.append(0) or find(folder)
+    )
+    TransformersEngine(tiny_policy)
+    assert len(read) == 1
 
 
 def test_headers_of_whole_policies_pass(tiny_policy, untied, tmp_path):

@@ -6,12 +6,14 @@ import io
 import json
 import os
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPO
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from script_here import (
@@ -214,6 +216,39 @@ def test_metrics_on_a_full_disk(small_disk):
             rows += 1
     log.close()
     assert [row["iteration"] for row in read_jsonl(small_disk / "metrics.jsonl")][:rows] == list(range(rows))
+
+
+SCRIPT = """
+import sys
+from alignment.errors import UserError, run_main
+
+def main():
+    print("much text", flush=sys.argv[1] == "at once")
+    if sys.argv[1] == "with an error":
+        raise UserError("what went wrong")
+
+run_main(main)
+"""
+FULL = "error: cannot write to disk: No space left on device; make room and run it again\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["-c", SCRIPT, "at the end"], FULL),
+        (["-c", SCRIPT, "at once"], FULL),
+        (["-c", SCRIPT, "with an error"], "error: what went wrong\n"),
+        (["slurm/sweep_tasks.py", "--help"], FULL),
+    ],
+    ids=lambda value: value[-1],
+)
+def test_what_is_printed_onto_a_full_disk(command, said):
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # a file's text then waits in a buffer, as it does for users
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=REPO, env=environment, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 @pytest.fixture

@@ -125,6 +125,16 @@ def test_es_goes_on_with_the_scorer_that_it_began_with_and_no_other(tiny_policy,
     assert len(read_jsonl(run / "journal.jsonl")) == 4
 
 
+def test_runs_go_on_whose_scorer_named_less_of_itself(tiny_policy, prompts, es_run, grpo_run, tmp_path):
+    with FakeScorer() as now:
+        models = {key: IDENTITY[key] | {"tokenizer": "1a", "config": "2a"} for key in ("reward_model", "cost_model")}
+        now.identity = IDENTITY | models | {"backend": "transformers"}
+        for command, begun, steps in ((es, es_run, {"num_iterations": 3}), (grpo, grpo_run, {"max_steps": 2})):
+            run = shutil.copytree(begun, tmp_path / command.__name__)
+            done = run_script(*command(tiny_policy, now.url, prompts, run, **steps))
+            assert done.code == 0, done.err
+
+
 def test_what_a_scorer_measures_of_itself_decides_nothing(tiny_policy, prompts, es_run, tmp_path):
     run = shutil.copytree(es_run, tmp_path / "run")
     with FakeScorer() as other:
@@ -135,7 +145,8 @@ def test_what_a_scorer_measures_of_itself_decides_nothing(tiny_policy, prompts, 
 
 def test_es_says_what_has_changed_before_it_asks_for_a_scorer(tiny_policy, prompts, es_run, tmp_path):
     before = content(es_run)
-    assert "sigma (was 0.02, now 0.03)" in refused(*es(tiny_policy, NOBODY, prompts, es_run, sigma=0.03))
+    line = refused(*es(tiny_policy, NOBODY, prompts, es_run, sigma=0.03))
+    assert "was begun otherwise: sigma (was 0.02, now 0.03). Going on would not be that run" in line
     other = tmp_path / "other"
     other.mkdir()
     write_jsonl(other / "prompts.jsonl", [{"prompt": f"other {i}"} for i in range(4)])
@@ -147,7 +158,7 @@ def test_es_with_other_base_weights(tiny_policy, prompts, scorer, es_run, tmp_pa
     policy = shutil.copytree(tiny_policy, tmp_path / "policy")
     edit_tensors(policy, lambda tensors: tensors["model.norm.weight"][0].add_(1e-3))
     line = refused(*es(policy, scorer.url, prompts, es_run, num_iterations=3))
-    assert "was begun from other base weights" in line and "another --experiment_dir" in line
+    assert "was begun otherwise: base_weights" in line and "another --experiment_dir" in line
 
 
 # --- ES, damaged
@@ -156,6 +167,7 @@ def test_es_with_other_base_weights(tiny_policy, prompts, scorer, es_run, tmp_pa
 JOURNALS = {
     "no start": (lambda path: path.write_text("".join(path.read_text().splitlines(True)[1:])), "journal.jsonl:1"),
     "start of something else": (lambda path: edit_line(path, 0, lambda row: {"kind": "start"}), "journal.jsonl:1"),
+    "no base weights": (lambda path: edit_line(path, 0, lambda row: row.pop("base_weights") and None), ":1: not an ES"),
     "settings of no kind": (lambda path: edit_line(path, 0, lambda row: row.update(settings=[1])), "journal.jsonl:1"),
     "scorer of no kind": (lambda path: edit_line(path, 0, lambda row: row["settings"].update(scorer="x")), ":1"),
     "no json at the start": (lambda path: path.write_text("{\n" + path.read_text()), "journal.jsonl:1: not valid JSON"),
@@ -209,6 +221,18 @@ def test_nothing_is_rebuilt_from_a_damaged_journal(tiny_policy, es_run, tmp_path
     flags = ["--journal", journal, "--policy_model_path", tiny_policy, "--output", tmp_path / "rebuilt"]
     assert said in refused("alignment/ES/rebuild_checkpoint.py", *flags)
     assert not (tmp_path / "rebuilt").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["no start", "start of something else", "no base weights", "settings of no kind", "scorer of no kind"]
+)
+def test_a_first_row_is_none_to_all_that_read_it_before_anything_is_loaded(prompts, es_run, tmp_path, name):
+    run = shutil.copytree(es_run, tmp_path / "run")
+    JOURNALS[name][0](run / "journal.jsonl")
+    line = refused(*es("no/model", NOBODY, prompts, run, num_iterations=3))
+    assert "journal.jsonl:1: not an ES journal" in line
+    flags = ["--journal", run / "journal.jsonl", "--policy_model_path", "no/model", "--output", tmp_path / "rebuilt"]
+    assert refused("alignment/ES/rebuild_checkpoint.py", *flags) == line
 
 
 def test_a_journal_without_the_settings_that_a_step_needs(tiny_policy, es_run, tmp_path):

@@ -203,6 +203,18 @@ def test_addresses_that_are_none(tiny_policy, tmp_path, url, said):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("flags", [["url", "reward"], ["url", "cost"], ["url", "reward", "cost"], ["reward"], []])
+def test_a_service_and_models_of_its_own(flags):
+    """Of a model beside a service it would be thought that it was the one that was scored with."""
+    given = {
+        "url": ["--scorer_url", "ftp://node12:8000"],
+        "reward": ["--reward_model", "r"],
+        "cost": ["--cost_model", "c"],
+    }
+    line = refused(FIXED, *(word for flag in flags for word in given[flag]))
+    assert line == "name either --scorer_url or both --reward_model and --cost_model"
+
+
 def test_addresses_with_a_path_or_a_strange_name():
     for url in ("http://node12:8000/", "https://gateway/team/score", "http://score", "http://health:8000"):
         assert ScorerClient(url).url == url

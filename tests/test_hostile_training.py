@@ -118,6 +118,15 @@ def test_a_run_folder_that_is_a_file(prompts, tmp_path):
         assert "run: Not a directory; choose another place" in refused(*command(prompts, tmp_path / "run"))
 
 
+def test_a_file_in_the_place_of_the_checkpoints(prompts, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("x")
+    for command in (es, grpo):
+        line = refused(*command(prompts, tmp_path / "run", scorer_max_wait=0))
+        assert f"cannot write {tmp_path / 'run' / 'checkpoints'}: " in line
+        assert "Not a directory; choose another place" in line
+
+
 def test_a_step_of_es_has_all_prompts_where_there_are_fewer_than_it_asks_for(tiny_policy, prompts, scorer, tmp_path):
     done = run_script(*es(prompts, tmp_path / "run", tiny_policy, scorer.url, **SHORT_RUN))
     assert done.code == 0, done.err

@@ -261,7 +261,10 @@ def cielab(colour, vision):
 
 
 @pytest.mark.parametrize("vision", COLOUR_VISION)
-@pytest.mark.parametrize("names", [PUBLISHED, ["ES", "GRPO"], [f"m{number}" for number in range(len(OTHER_COLOURS))]])
+@pytest.mark.parametrize(
+    "names",
+    [PUBLISHED, ["ES", "GRPO"], ["base", "ES", "again"], [f"m{number}" for number in range(len(OTHER_COLOURS))]],
+)
 def test_colours_are_told_apart_with_any_colour_vision(names, vision):
     colours = [cielab(colour, COLOUR_VISION[vision]) for colour in model_colours(names).values()]
     distances = [np.linalg.norm(a - b) for a, b in itertools.combinations(colours, 2)]

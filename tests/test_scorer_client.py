@@ -563,11 +563,18 @@ def test_auto_without_a_scorer(tmp_path, monkeypatch):
             ScorerClient("auto").wait_until_ready()
 
 
-def test_waiting_is_said_where_nobody_shows_it(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("terminal", "on_wait", "said"), [(False, False, 1), (False, True, 1), (True, False, 1), (True, True, 0)]
+)
+def test_waiting_is_said_once_a_minute_where_nobody_shows_it(monkeypatch, capsys, terminal, on_wait, said):
+    """Not by trainers on a terminal, whose bar does; a job's log has no bar."""
     monkeypatch.setattr(client_module, "SAY_AFTER", 0.0)
+    monkeypatch.setattr(client_module, "watched", lambda: terminal)
+    waits = []
     with FakeScorer(lambda number, body: FakeScorer.scores(body) if number > 5 else 503) as scorer:
-        ScorerClient(scorer.url).score(["a"], ["b"])
-    assert capsys.readouterr().err == "waiting for the scorer, 0 min (503: as the test wants)\n"
+        ScorerClient(scorer.url, on_wait=waits.append if on_wait else None).score(["a"], ["b"])
+    assert capsys.readouterr().err == said * "waiting for the scorer, 0 min (503: as the test wants)\n"
+    assert bool(waits) == on_wait
 
 
 def test_an_answer_that_is_no_json_or_cut_off():

@@ -56,6 +56,45 @@ def test_every_job_script_survives_and_logs(script, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "script",
+    [
+        "slurm/demo_slurm.sh",
+        "slurm/report.sh",
+        "alignment/GRPO/run_grpo_alignment.sh",
+        "alignment/alpaca/recover_alpaca_full.sh",
+        "alignment/alpaca/recover_alpaca_job.sh",
+    ],
+)
+def test_help_shows_the_head_of_a_script_and_starts_nothing(script, tmp_path):
+    done = bash(script, "--help", PATH=fake(tmp_path, "sinfo", f"touch {tmp_path}/asked\n"))
+    assert (done.returncode, done.stderr) == (0, "") and not (tmp_path / "asked").exists()
+    assert f"  bash {script}" in done.stdout or f"  sbatch {script}" in done.stdout
+    assert "#SBATCH" not in done.stdout and "set -e" not in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["12", "13"], ["scorer"]])
+def test_what_is_no_job_is_not_stopped(arguments, tmp_path):
+    done = bash("slurm/stop_scorer.sh", *arguments, PATH=fake(tmp_path, "scancel", f"touch {tmp_path}/asked\n"))
+    assert done.returncode == 2 and done.stderr.startswith("error: usage: stop_scorer.sh JOB")
+    assert not (tmp_path / "asked").exists()
+
+
+def test_a_folder_without_results_is_not_made_into_one(tmp_path):
+    done = bash("slurm/report.sh", tmp_path / "nothing", "A", "B")
+    assert done.returncode == 2 and "model_comparisons is not there" in done.stderr
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_deepspeed_that_is_missing_is_told_in_one_line(tmp_path):
+    python = tmp_path / "python"  # knows the project, and no DeepSpeed
+    python.write_text('#!/bin/bash\n[[ "$*" != *deepspeed* ]]\n')
+    python.chmod(0o755)
+    for file, told in (("alignment/GRPO/accelerate_4gpu_zero2.yaml", "wants DeepSpeed"), ("no.yaml", "is not there")):
+        done = bash("alignment/GRPO/run_grpo_alignment.sh", PYTHON=str(python), ACCELERATE_CONFIG=file)
+        assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1
+
+
 # -- settings of the site
 
 
@@ -283,6 +322,33 @@ def test_a_mistake_in_an_experiment_is_told_before_anything_is_queued(content, t
         Experiment(path)
     assert told in str(caught.value) and str(path) in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("grpo", "told"),
+    [
+        ({"accelerate_config": "no.yaml"}, ["grpo: accelerate_config no.yaml is not there"]),
+        ({}, ["grpo: alignment/GRPO/accelerate_4gpu_zero2.yaml wants DeepSpeed, which is not installed"]),
+        ({"accelerate_config": "torchrun"}, []),
+        ({"accelerate_config": "alignment/GRPO/accelerate_4gpu_ddp.yaml"}, []),
+        (False, []),
+    ],
+)
+def test_what_launches_grpo_is_looked_for(content, tmp_path, monkeypatch, grpo, told):
+    import site_check
+    from experiment import Experiment
+
+    class Told(site_check.Report):
+        def no(self, text):
+            lines.append(text)
+
+    lines: list[str] = []
+    path = tmp_path / "e.yaml"
+    path.write_text(yaml.safe_dump(content | {"grpo": grpo}))
+    monkeypatch.chdir(REPO)
+    monkeypatch.setattr(site_check, "find_spec", lambda name: None)
+    site_check.check_launcher(Told(), Experiment(path))
+    assert [line[: len(start)] for line, start in zip(lines, told, strict=True)] == told
 
 
 def test_an_experiment_names_what_it_leaves_out_and_what_is_done(content, tmp_path):

@@ -23,10 +23,11 @@ from pathlib import Path
 from alignment.config import as_yaml, load_config
 from alignment.distributed import Processes, launch
 from alignment.errors import EXIT_USER_ERROR, UserError, run_main
-from alignment.ES.journal import begun_with, check_settings
+from alignment.ES.journal import begun_with
 from alignment.ES.settings import ESSettings
 from alignment.prompts import draw_rows, text_hash
 from alignment.records import check_writable_folder, load_prompts
+from alignment.runs import check_same_run
 
 EXIT_STOPPED = 128  # plus the signal's number, as shells do
 
@@ -39,7 +40,8 @@ def main() -> int:
     train = draw_rows(load_prompts(settings.train_jsonl, settings.prompt_key), settings.train_samples)
     held_out = draw_rows(load_prompts(settings.eval_jsonl, settings.prompt_key), settings.eval_samples)
     folder = Path(settings.experiment_dir)
-    check_writable_folder(folder)
+    for place in (folder, folder / "checkpoints"):
+        check_writable_folder(place)
     begun = (folder / "journal.jsonl").exists()
     if begun and not settings.resume:
         raise UserError(f"{folder} holds a run already: give another --experiment_dir, or leave out --resume false")
@@ -53,7 +55,7 @@ def main() -> int:
         now = dict.fromkeys(known.keys() & vars(settings).keys()) | settings.deciding()
         now |= {"train_prompts": text_hash(train_prompts)}
         now.pop("members_at_once", None)  # the journal has the number that came of it
-        check_settings(folder / "journal.jsonl", known, now)
+        check_same_run(known, now, folder / "journal.jsonl", "--experiment_dir")
 
     if settings.engine == "vllm" and find_spec("vllm") is None:
         raise UserError("engine: vllm needs the environment of requirements-cluster.txt; this one has no vLLM")

@@ -3,7 +3,7 @@
     RUN/journal.jsonl     {"kind": "start", "base_weights": ..., "settings": {...}}, then one row an iteration:
                           {"kind": "step", "iteration", "seeds", "fitness", "coefficients", "lambda_state", ...}
     RUN/members.K.jsonl   full scores of the members that process K finished in the iteration in progress, so that a killed
-                          run asks the scorer only for what is missing; emptied once their step is in the journal
+                          run asks the scorer only for what is missing; dropped once their step is in the journal
 
 A row is on disk before the run goes on. The step of iteration t is taken from `coefficients`; nothing is computed anew.
 """
@@ -17,6 +17,7 @@ from typing import Any
 
 from alignment.errors import UserError
 from alignment.records import JsonlWriter, read_jsonl, write_jsonl
+from alignment.runs import check_same_run
 from alignment.scoring.scores import asked_of
 
 MEMBER_KEYS = "iteration member rewards costs errors tokens unfinished cut truncated distinct".split()
@@ -36,7 +37,9 @@ class Journal:
         if not read_jsonl(path):
             self._file.append({"kind": "start", "base_weights": base_weights, "settings": settings})
         start, self.steps = read_journal(path)
-        _check_start(path, start, base_weights, settings)
+        begun = {"base_weights": start["base_weights"], **start["settings"]}
+        now = dict.fromkeys(begun) | {"base_weights": base_weights, **settings}
+        check_same_run(begun, asked_of(begun, now), path, "--experiment_dir")
         for number, step in enumerate(self.steps, start=2):
             _check_state(f"{path}:{number}", step)
 
@@ -51,10 +54,7 @@ class Journal:
 def read_journal(path: Path) -> tuple[dict, list[dict]]:
     """The start row and the steps. Raises UserError for what is no journal or lacks a step."""
     rows = read_jsonl(path, required=("kind",))
-    if not rows or rows[0]["kind"] != "start":
-        raise UserError(f"{path}:1: not an ES journal (its first row must say kind 'start')")
-    if not isinstance(rows[0].get("base_weights"), str) or not isinstance(rows[0].get("settings"), dict):
-        raise UserError(f"{path}:1: not an ES journal (its first row must have base_weights and settings)")
+    _settings_in(path, rows[0] if rows else None)
     for number, step in enumerate(rows[1:]):
         if step.get("iteration") != number:
             raise UserError(f"{path}:{number + 2}: expected iteration {number}, found {step.get('iteration')!r}")
@@ -101,36 +101,16 @@ def begun_with(path: Path) -> dict | None:
         start = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}:1: not valid JSON ({error}): not an ES journal, or a damaged one") from error
-    settings = start.get("settings") if isinstance(start, dict) else None
-    if not isinstance(settings, dict) or not isinstance(settings.get("scorer", {}), dict):
-        raise UserError(f"{path}:1: not an ES journal (its first row must have base_weights and settings)")
-    return settings
+    return _settings_in(path, start)
 
 
-def check_settings(path: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises UserError naming what of `now` the run was not begun with."""
-    changed = [
-        f"{key} (was {begun.get(key)!r}, now {value!r})"
-        for key, value in sorted(now.items())
-        if begun.get(key) != value
-    ]
-    if changed:
-        raise UserError(
-            f"{path} was begun with other settings: {', '.join(changed)}. Go on with the same ones, "
-            "or give another --experiment_dir"
-        )
-
-
-def _check_start(path: Path, start: dict, base_weights: str, settings: dict[str, Any]) -> None:
-    if start["base_weights"] != base_weights:
-        raise UserError(
-            f"{path} was begun from other base weights ({start['base_weights'][:12]}, not {base_weights[:12]}): "
-            "give the same --policy_model_path, or another --experiment_dir"
-        )
-    begun, now = start["settings"], dict.fromkeys(start["settings"]) | settings
-    if begun.get("scorer") and now.get("scorer"):
-        now["scorer"] = asked_of(begun["scorer"], now["scorer"])
-    check_settings(path, begun, now)
+def _settings_in(path: Path, start: Any) -> dict:
+    """The settings in a journal's first row. Raises UserError when that is none."""
+    if isinstance(start, dict) and start.get("kind") == "start" and isinstance(start.get("base_weights"), str):
+        settings = start.get("settings")
+        if isinstance(settings, dict) and isinstance(settings.get("scorer", {}), dict):
+            return settings
+    raise UserError(f"{path}:1: not an ES journal (its first row must have kind 'start', base_weights and settings)")
 
 
 class MembersFile:
@@ -139,16 +119,23 @@ class MembersFile:
     def __init__(self, folder: Path, rank: int):
         self._path = folder / f"members.{rank}.jsonl"
         self._file = JsonlWriter(self._path)
+        self._iteration: int | None = None  # of the rows that were added here
 
     def add(self, row: dict) -> None:
         """`row` has `iteration`, `member` and the scores."""
         self._file.append(row)
+        self._iteration = row["iteration"]
 
-    def clear(self) -> None:
-        """Rows carry their iteration, so it does no harm when a kill comes before this."""
-        self._file.close()
-        write_jsonl(self._path, [])
-        self._file = JsonlWriter(self._path)
+    def begin(self, iteration: int) -> None:
+        """Drops the rows of the iteration before, whose step must be in the journal.
+
+        Rows carry their iteration, so it does no harm when a kill comes before this.
+        """
+        if self._iteration not in (None, iteration):
+            self._file.close()
+            write_jsonl(self._path, [])
+            self._file = JsonlWriter(self._path)
+            self._iteration = None
 
     def close(self) -> None:
         self._file.close()

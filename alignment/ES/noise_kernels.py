@@ -26,19 +26,21 @@ def keys(pairs: list[tuple[int, str]], device: torch.device) -> torch.Tensor:
 def perturb(working: torch.Tensor, master: torch.Tensor, key: torch.Tensor, scale: float) -> None:
     """working <- master + scale * noise, rounded once to working's dtype. `key` (1,) as made by `keys`; both contiguous."""
     grid = (triton.cdiv(master.numel(), BLOCK), COUNTERS // _TILE)
-    _perturb[grid](
-        working, master, key, _cubics(master.device), scale, master.numel(),
-        COUNTERS=COUNTERS, TILE=_TILE, ROUNDS=ROUNDS, num_warps=_PERTURB_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device(master.device):  # Triton launches on the current device, wherever the tensors are
+        _perturb[grid](
+            working, master, key, _cubics(master.device), scale, master.numel(),
+            COUNTERS=COUNTERS, TILE=_TILE, ROUNDS=ROUNDS, num_warps=_PERTURB_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def step(master: torch.Tensor, key: torch.Tensor, coefficients: torch.Tensor) -> None:
     """master += sum_i coefficients[i] * noise_i, summed in float32 in that order. `key` (N,) int64, `coefficients` (N,)."""
     grid = (triton.cdiv(master.numel(), BLOCK), COUNTERS // _TILE)
-    _step[grid](
-        master, key, coefficients, _cubics(master.device), len(key), master.numel(),
-        COUNTERS=COUNTERS, TILE=_TILE, ROUNDS=ROUNDS, num_warps=_STEP_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device(master.device):
+        _step[grid](
+            master, key, coefficients, _cubics(master.device), len(key), master.numel(),
+            COUNTERS=COUNTERS, TILE=_TILE, ROUNDS=ROUNDS, num_warps=_STEP_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 _on_device: dict[torch.device, torch.Tensor] = {}

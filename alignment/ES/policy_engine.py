@@ -23,6 +23,11 @@ def open_engine(settings: ESSettings, prompts: Sequence[str], processes: Process
 
     Raises UserError, for vLLM before it loads anything when the weights, the master and a KV cache do not fit.
     """
+    if settings.noise == "reference" and processes.world_size > 1:
+        raise UserError(
+            f"noise: reference drifts by the members that a process tries, so {processes.world_size} processes would each have "
+            "weights of their own: run it on one"
+        )
     gpus = torch.cuda.device_count()
     named, visible = settings.cuda_devices, os.environ.get("CUDA_VISIBLE_DEVICES")
     if named and (not gpus or (named == visible and gpus < len(named.split(",")))):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from alignment.ES.low_rank import open_low_rank
-from alignment.ES.weights import KernelWeights, MasterWeights, ReferenceWeights, checkpoint_weights, kernels
+from alignment.ES.weights import KernelWeights, MasterWeights, ReferenceWeights, Untouched, checkpoint_weights, kernels
 from alignment.generation import Engine
 
 
@@ -14,11 +14,19 @@ def open_weights(engine: Engine, settings: dict) -> MasterWeights:
 
     The master is what the checkpoint holds, not what the engine rounded it to.
     """
+    everything = list(engine.parameters())
     if settings["lora_rank"] is not None:
         engine.add_lora(settings["lora_rank"], settings["global_seed"])
     parameters = engine.weights(settings["trainable"])
     if settings.get("perturbation") == "low_rank":
         return open_low_rank(engine, settings, list(parameters))
+    weights = _full_rank(engine, settings, parameters)
+    if others := [name for name in everything if name not in parameters]:
+        weights.untouched = Untouched(settings["policy_model_path"], others)
+    return weights
+
+
+def _full_rank(engine: Engine, settings: dict, parameters: dict[str, torch.Tensor]) -> MasterWeights:
     if settings["noise"] == "reference":
         return ReferenceWeights(parameters)
     on_gpu = engine.device.type == "cuda" and kernels is not None

@@ -38,15 +38,17 @@ class RebuildSettings:
 def main() -> None:
     settings = load_config(RebuildSettings, prog="rebuild_checkpoint.py", description=__doc__)
     check_writable_folder(Path(settings.output).absolute().parent)  # the folder itself appears whole
-    read_journal(Path(settings.journal))
+    begun, _ = read_journal(Path(settings.journal))
     from alignment.ES.replay import replay
     from alignment.generation import TransformersEngine
 
-    engine = TransformersEngine(settings.policy_model_path, dtype="float32", device=settings.device)
+    # Adapters are merged into the base as the run had it; otherwise all weights are the checkpoint's own.
+    dtype = begun["settings"].get("base_dtype", "float32")
+    engine = TransformersEngine(settings.policy_model_path, dtype=dtype, device=settings.device)
     weights, steps = replay(engine, settings.policy_model_path, Path(settings.journal), settings.iteration)
     lambda_state = steps[-1].get("lambda_state") if steps else None
     with atomic_directory(settings.output) as folder:
-        engine.save_pretrained(folder, weights.master)
+        engine.save_pretrained(folder, weights.whole())
         write_json(folder / "trainer_state.json", {"iteration": len(steps), "lambda_state": lambda_state})
     print(f"{settings.output}: the policy after {len(steps)} steps")
 

@@ -26,6 +26,7 @@ import shutil
 import time
 from collections.abc import Callable, Set
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from alignment.ES.low_rank import LowRankWeights
 from alignment.ES.noise import member_seed
 from alignment.ES.policy_weights import open_weights
 from alignment.ES.settings import ESSettings
-from alignment.evaluation.held_out import measures_row, score_answers, summary_line, with_ids
+from alignment.evaluation.held_out import is_best, measures_row, score_answers, summary_line, with_ids
 from alignment.generation import Engine, Generation
 from alignment.lagrangian import LagrangeMultiplier
 from alignment.objective import MAX_MISSING_SHARE
@@ -57,8 +58,8 @@ from alignment.scoring.scores import deciding as deciding_part
 UNPERTURBED = -1  # the member number of theta itself, which lambda and the training curve are taken from
 
 
-class _StoppedWaiting(Exception):
-    """A signal came while a scoring thread waited for a scorer that is away."""
+class _Stopped(Exception):
+    """A signal came between two batches of an evaluation, or while a scoring thread waited for a scorer that is away."""
 
 
 class ESTrainer:
@@ -139,6 +140,8 @@ class ESTrainer:
         }
         if self.low_rank:
             deciding["members_at_once"] = self.at_once
+        if self.settings.lora_rank is not None:
+            deciding["base_dtype"] = str(self.engine.dtype).removeprefix("torch.")
         self.journal = Journal(self.folder, self.base_hash, deciding)
         if self.journal.dropped_tail:
             print("the journal's last row was not written to its end and is dropped: that step is done again")
@@ -197,6 +200,7 @@ class ESTrainer:
                 self.processes.on_main(partial(self._save_checkpoint, t))
             if last:
                 self.processes.on_main(partial(self._save_model, self.folder / "final", t))
+                self.members_file.begin(t)
                 return True
             if not self._iterate(t):
                 return False
@@ -210,6 +214,7 @@ class ESTrainer:
         rows = iteration_prompts(len(self.train_prompts), s.batch_size, s.global_seed, t)
         prompts = [self.train_prompts[row] for row in rows]
         done = self.processes.on_main(lambda: finished_members(self.folder, t))
+        self.members_file.begin(t)  # the main process, which has answered, has the last step in its journal
         todo = [group for group in self.groups if not done.keys() >= set(group)]
         own, seconds, stopped, error = self._evaluate_members(
             t, todo[self.processes.rank :: self.processes.world_size], prompts, done.keys()
@@ -232,7 +237,6 @@ class ESTrainer:
             self.metrics.log(row["metrics"], t)
             self._show(row["metrics"])
         self.steps.append(row)
-        self.members_file.clear()
         return True
 
     def _evaluate_members(
@@ -263,9 +267,13 @@ class ESTrainer:
             while pending:
                 self._keep(own, *pending.pop(0))
             seconds["wait_for_scores"] = time.perf_counter() - waiting
-        except _StoppedWaiting:
+        except _Stopped:
             pass
         except UserError as error:  # all processes end together, each with its finished members saved
+            with suppress(UserError):
+                for member, future in pending:
+                    if future.done() and future.exception() is None:
+                        self._keep(own, member, future)
             return own, seconds, False, str(error)
         finally:
             for _, future in pending:
@@ -403,7 +411,7 @@ class ESTrainer:
     # ---- evaluation and checkpoints ----
 
     def _evaluate(self, t: int) -> bool:
-        """Held-out evaluation of theta after t steps; False when a signal came first."""
+        """Held-out evaluation of theta after t steps; False when a signal came."""
         s = self.settings
         self.bar.set_description("ES held-out evaluation")
         self.weights.restore()
@@ -411,11 +419,15 @@ class ESTrainer:
         stopped, error = False, None
         try:
             answers = self.engine.generate_share(
-                self.held_out_prompts, s.max_new_tokens, self.processes.rank, self.processes.world_size
+                self.held_out_prompts,
+                s.max_new_tokens,
+                self.processes.rank,
+                self.processes.world_size,
+                self._stop_if_told,
             )
             own = score_answers([self.held_out_prompts[i] for i in answers], list(answers.values()), self.scorer)
             points = dict(zip(answers, own, strict=True))
-        except _StoppedWaiting:
+        except _Stopped:
             stopped = True
         except UserError as failure:
             error = str(failure)
@@ -429,30 +441,33 @@ class ESTrainer:
             return False
         ordered = with_ids([merged[index] for index in sorted(merged)])
         self.processes.on_main(partial(self._log_evaluation, t, ordered))
-        return True
+        # Saving takes minutes at 7B, which the time left may not have; the journal has all that is needed.
+        return not any(self.processes.gather(self._stopping()))
 
     def _log_evaluation(self, t: int, points: list[dict]) -> None:
         write_jsonl(self.folder / "eval" / f"iteration_{t:05d}_points.jsonl", points)
         row: dict[str, Any] = {"kind": "eval", "iteration": t, "lambda": self.multiplier.value}
         row |= measures_row(points, self.settings.lambda_cost)
         # The best model first: metrics.jsonl says that an evaluation is done, and a kill must not fall between the two.
-        best_file = self.folder / "best" / "trainer_state.json"
-        best = read_object(best_file, objective=(int, float))["objective"] if best_file.exists() else -np.inf
-        if row["objective"] > best:
-            self._save_model(self.folder / "best", t, objective=row["objective"])
+        standing = {"objective": row["objective"], "held_out": text_hash(self.held_out_prompts)}
+        if is_best(self.folder / "best", **standing):
+            self._save_model(self.folder / "best", t, **standing)
         self.metrics.log(row, t)
         tqdm.write(summary_line(t, row))
         if self.settings.verbose:
             for point in points[:3]:
                 tqdm.write(f"  {point['label']}  {point['prompt'][:80]!r} -> {point['response'][:120]!r}")
 
-    def _save_model(self, final: Path, t: int, **state: float) -> None:
+    def _save_model(self, final: Path, t: int, **state: float | str) -> None:
         """theta in Hugging Face layout, float32, with the trainer's state beside it."""
         self.weights.restore()
-        with atomic_directory(final, needed=sum(tensor.nbytes for tensor in self.weights.master.values())) as folder:
-            self.engine.save_pretrained(folder, self.weights.master)
-            if self.settings.lora_rank is not None:  # the model is saved merged; to go on, the adapters are needed
-                save_file(self.weights.master, folder / "es_weights.safetensors")
+        with atomic_directory(final, needed=4 * self.engine.num_parameters) as folder:
+            if self.settings.lora_rank is None:
+                self.engine.save_pretrained(folder, self.weights.whole())
+            else:  # merged; to go on, the adapters are needed
+                self.engine.save_pretrained(folder)
+                (folder / "adapters").mkdir()  # not among the model's own files: loaders take all that lie there
+                save_file(self.weights.master, folder / "adapters" / "es_weights.safetensors")
             (folder / "README.md").write_text(self._model_card(t), encoding="utf-8")
             write_json(
                 folder / "trainer_state.json", {"iteration": t, "lambda_state": self.multiplier.state_dict(), **state}
@@ -515,10 +530,10 @@ class ESTrainer:
         for warning in advice.warnings(row, self.steps[-1]["metrics"] if self.steps else None):
             tqdm.write(f"warning: {warning}")
 
-    def _show_waiting(self, seconds: float) -> None:
+    def _stop_if_told(self) -> None:
         if self._stopping():
-            raise _StoppedWaiting
-        text = f"waiting for the scorer, {seconds / 60:.0f} min"
-        self.bar.set_description(text)
-        if not watched() and seconds > 0:
-            print(text, flush=True)
+            raise _Stopped
+
+    def _show_waiting(self, seconds: float) -> None:
+        self._stop_if_told()
+        self.bar.set_description(f"waiting for the scorer, {seconds / 60:.0f} min")

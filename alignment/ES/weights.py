@@ -7,7 +7,8 @@ one by one (no fused multiply-add), so that every device gets the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -27,11 +28,27 @@ except ImportError:  # no Triton on this machine: the PyTorch path does it
 KEPT_NOISE_BYTES = 2**28  # a small model's noise is drawn once a member, not again for the step
 
 
+class Untouched:
+    """The parameters `names` of the checkpoint `model_path`, which a run stands on and does not search.
+
+    They are read when they are asked for: at 7B they are up to 27 GB.
+    """
+
+    def __init__(self, model_path: str, names: Iterable[str]):
+        self.model_path, self.names = model_path, list(names)
+
+    def read(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, float32 tensor on the CPU), one after the other."""
+        return read_checkpoint(self.model_path, self.names)
+
+
 class MasterWeights:
     """`engine_weights`: Hugging Face parameter name -> the tensor the engine computes with, of any dtype and device.
 
     `base`: the same names -> float32 tensors that become the master; without it the master is a copy of the engine's.
     """
+
+    untouched: Untouched | None = None  # the policy's other parameters
 
     def __init__(self, engine_weights: dict[str, torch.Tensor], base: dict[str, torch.Tensor] | None = None):
         self._engine = engine_weights
@@ -73,12 +90,14 @@ class MasterWeights:
         return drawn
 
     def load(self, folder: Path) -> None:
-        """master <- the safetensors of a checkpoint that holds every parameter in float32. The engine is not touched.
+        """master <- the safetensors of a checkpoint, in subfolders as well, that holds every parameter in float32.
+
+        The engine is not touched.
 
         Raises UserError for a checkpoint that lacks one, is damaged or has another shape: it is not this run's.
         """
         missing = set(self.master)
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in sorted(folder.rglob("*.safetensors")):
             with open_safetensors(path) as file:
                 for name in missing.intersection(file.keys()):
                     saved, own = file.get_tensor(name), self.master[name]
@@ -91,8 +110,12 @@ class MasterWeights:
             raise UserError(f"{folder} lacks the tensor {min(missing)} ({len(missing)} in all)")
 
     def hash(self) -> str:
-        """What a run's base weights are known by."""
-        return tensors_hash(self.master)
+        """What a run's base weights are known by: all parameters of the policy, those that it does not search as well."""
+        return tensors_hash(chain(self.master.items(), self.untouched.read() if self.untouched else ()))
+
+    def whole(self) -> dict[str, torch.Tensor]:
+        """The master, with the policy's other parameters as its checkpoint has them."""
+        return self.master | dict(self.untouched.read() if self.untouched else ())
 
     def fingerprint(self) -> int:
         """A quick check that processes hold equal weights: the bits as integers, summed with weights modulo 2^64.
@@ -183,18 +206,28 @@ def checkpoint_weights(
 ) -> dict[str, torch.Tensor]:
     """The parameters `names` of a checkpoint in float32 on `device`, tied ones under the name that is asked for.
 
-    Sharded or single safetensors are read a tensor at a time, so that a master on a GPU needs no copy in main memory. Only
-    the files that the model is loaded from are read: others may lie beside them.
+    A tensor at a time, so that a master on a GPU needs no copy in main memory.
     """
-    found = {}
+    found = dict(read_checkpoint(model_path, names, device))
+    return {name: found[name] for name in names}
+
+
+def read_checkpoint(
+    model_path: str, names: Iterable[str], device: torch.device | str = "cpu"
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, float32 tensor on `device`) of a checkpoint's parameters `names`, one after the other, in any order.
+
+    Only the files that the model is loaded from are read: others may lie beside them.
+    """
     wanted = set(names)
     folder = resolve_folder(model_path)
     for path in weight_files(folder):
         if path.suffix == ".safetensors":
             with open_safetensors(path) as file:
-                for name in wanted.intersection(file.keys()):
-                    found[name] = file.get_tensor(name).to(device).float()
-    if found.keys() != wanted:  # another layout: let transformers read it
-        model = load_policy(folder, torch.float32)
-        found = {name: parameter.data.to(device) for name, parameter in model.named_parameters() if name in wanted}
-    return {name: found[name] for name in names}
+                for name in sorted(wanted.intersection(file.keys())):
+                    wanted.discard(name)
+                    yield name, file.get_tensor(name).to(device).float()
+    if wanted:  # another layout: let transformers read it
+        for name, parameter in load_policy(folder, torch.float32).named_parameters():
+            if name in wanted:
+                yield name, parameter.data.to(device)

@@ -1,4 +1,4 @@
-"""Where a run is: its newest checkpoint, whether that is whole, and whether going on with it would still be that run."""
+"""Where a run is: what it was begun with, its newest checkpoint, and whether that is whole."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from alignment.errors import UserError
 from alignment.model_folder import open_safetensors, some_keys, tensor_shapes
-from alignment.records import read_json, read_object
-from alignment.scoring.scores import asked_of
+from alignment.records import read_jsonl, read_object
 
 if TYPE_CHECKING:  # slow to import, and most of this is asked before any model is loaded
     from torch import nn
@@ -20,42 +19,47 @@ _NAME = re.compile(r"iteration_\d+")
 _REMOVE = "remove that checkpoint: the same command goes on from an older one, or begins again where there is none"
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run. They appear when they are whole."""
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the newest last. They appear when they are whole."""
     found = (path for path in (folder / "checkpoints").glob("iteration_*") if _NAME.fullmatch(path.name))
-    return max(found, default=None, key=step_of)
+    return sorted(found, key=step_of)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    return next(reversed(checkpoints_of(folder)), None)
 
 
 def step_of(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.removeprefix("iteration_"))
 
 
+def is_finished(folder: Path, max_steps: int) -> bool:
+    """Whether nothing is left to do: final/ is the policy after `max_steps`, and its held-out evaluation is done.
+
+    final/ may be that of a shorter run which was gone on with and killed before its new end was written.
+    """
+    state = folder / "final" / "trainer_state.json"
+    if step_of(newest_checkpoint(folder)) < max_steps or not state.exists():
+        return False
+    step = read_object(state, iteration=int)["iteration"]
+    if step < max_steps:
+        return False
+    try:
+        rows = read_jsonl(folder / "metrics.jsonl")
+    except UserError:  # a torn last line is mended, and anything else told, when the run goes on
+        return False
+    return any(row.get("kind") == "eval" and row.get("iteration") == step for row in rows)
+
+
 def deciding_of(folder: Path) -> dict:
     """What decides the weights of the run in `folder`, as its manifest.json says. Raises UserError."""
-    manifest = read_json(folder / "manifest.json")
-    deciding = manifest.get("deciding") if isinstance(manifest, dict) else None
+    deciding = read_object(folder / "manifest.json").get("deciding")
     if not isinstance(deciding, dict) or not isinstance(deciding.get("scorer", {}), dict):
         raise UserError(
             f"{folder / 'manifest.json'} does not say what the run was begun with (key 'deciding'): it is not one of a GRPO "
             "run, or damaged; give another --output_dir"
         )
     return deciding
-
-
-def check_same_run(begun_with: dict, now: dict, folder: Path) -> None:
-    """Raises UserError naming what of `now` (settings, weights, prompts, scorer, processes) the run was not begun with."""
-    if begun_with.get("scorer") and now.get("scorer"):
-        now = now | {"scorer": asked_of(begun_with["scorer"], now["scorer"])}
-    changed = [
-        f"{name} (was {begun_with.get(name)!r}, now {value!r})"
-        for name, value in now.items()
-        if begun_with.get(name) != value
-    ]
-    if changed:
-        raise UserError(
-            f"{folder} was begun otherwise: {', '.join(changed)}. Going on would not be that run: undo the change, or give "
-            "another --output_dir"
-        )
 
 
 def check_whole(checkpoint: Path, processes: int) -> None:

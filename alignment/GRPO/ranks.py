@@ -47,8 +47,9 @@ def on_any(accelerator: Accelerator, flag: bool) -> bool:
 
 
 @contextlib.contextmanager
-def folder_of_all(accelerator: Accelerator, final: Path) -> Iterator[Path]:
+def folder_of_all(accelerator: Accelerator, final: Path, needed: int) -> Iterator[Path]:
     """`atomic_directory` for all processes together (one file system): it gets its name when all of them are through.
+    `needed` are the bytes of all of them.
 
     What one of them fails at, all raise.
     """
@@ -56,7 +57,7 @@ def folder_of_all(accelerator: Accelerator, final: Path) -> Iterator[Path]:
         told: list = [None]
         with failing_together(accelerator):
             if accelerator.is_main_process:
-                told = [str(stack.enter_context(atomic_directory(final)))]
+                told = [str(stack.enter_context(atomic_directory(final, needed)))]
         broadcast_object_list(told)
         with failing_together(accelerator):
             yield Path(told[0])

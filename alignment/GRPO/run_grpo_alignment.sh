@@ -33,6 +33,7 @@
 #SBATCH --array=0-1
 [ -f slurm/common.sh ] || { echo "error: run this from the repository root (now in $PWD)" >&2; exit 2; }
 . slurm/common.sh
+show_head "$@"
 begin_job
 
 read -r -a betas <<<"${BETAS:-0.01 0.1}"
@@ -46,7 +47,8 @@ config="${CONFIG_FILE:-alignment/GRPO/grpo_alignment.yaml}"
 scorer_flag
 wandb_flag
 
-# The launcher keeps signals from the training processes; they look for this file after every step.
+# The launcher keeps signals from the training processes; they look for this file after every step, batch of held-out
+# answers and checkpoint.
 stop_child() {
     mkdir -p "$folder"
     touch "$folder/stop"
@@ -57,6 +59,12 @@ accelerate="${ACCELERATE_CONFIG:-alignment/GRPO/accelerate_4gpu_zero2.yaml}"
 if [ "$accelerate" = torchrun ]; then
     launcher=("${python[@]}" -m torch.distributed.run --nproc_per_node "${PROCESSES:-1}")
 else
+    [ -f "$accelerate" ] || fail "ACCELERATE_CONFIG is $accelerate, which is not there"
+    if grep -q '^distributed_type: *DEEPSPEED' "$accelerate" &&
+        ! "${python[@]}" -c 'import sys; from importlib.util import find_spec; sys.exit(not find_spec("deepspeed"))'; then
+        fail "$accelerate wants DeepSpeed, which is not installed (requirements-cluster.txt); without it, ACCELERATE_CONFIG is" \
+            "alignment/GRPO/accelerate_1gpu.yaml, accelerate_4gpu_ddp.yaml or torchrun"
+    fi
     launcher=("${python[@]}" -m accelerate.commands.launch --config_file "$accelerate")
 fi
 if [ "$nodes" -gt 1 ]; then

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +34,8 @@ _FREE = {"output_dir", "resume", "scorer_url", "scorer_batch_size", "scorer_max_
 _FREE |= {"eval_jsonl", "prompt_key", "eval_samples", "eval_every", "save_steps", "keep_last", "logging_steps"}
 _FREE |= {"gradient_accumulation_steps", "wandb_project", "wandb_run_name", "verbose", "vllm_server_base_url"}
 
+_OF_LORA = ("lora_alpha", "lora_targets")
+
 
 @dataclass
 class GRPOSettings:
@@ -59,9 +62,9 @@ class GRPOSettings:
     )
     learning_rate: float = setting(5e-6, "learning rate of AdamW", minimum=0.0)
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = setting(
-        "constant", "schedule of the learning rate"
+        "constant", "schedule of the learning rate; constant with warmup_steps is constant_with_warmup"
     )
-    warmup_steps: int = setting(0, "steps of linear warm-up", minimum=0)
+    warmup_steps: int = setting(0, "steps of linear warm-up, with any schedule", minimum=0)
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = setting("grpo", "how TRL averages the loss over tokens")
     mask_truncated_completions: bool = setting(False, "do not train on completions that were cut at the token limit")
     reward_aggregation: Literal["combined", "separate"] = setting(
@@ -133,6 +136,13 @@ class GRPOSettings:
         check_template(self.policy_template, "policy_template")
         if self.lambda_min > self.lambda_max:
             raise UserError(f"lambda_min ({self.lambda_min}) is above lambda_max ({self.lambda_max})")
+        if self.lr_scheduler_type == "constant" and self.warmup_steps:  # which transformers' constant passes over
+            self.lr_scheduler_type = "constant_with_warmup"
+        for name in () if self.lora_rank else _OF_LORA:
+            if getattr(self, name) != _default(name):
+                raise UserError(
+                    f"{name} is given, but lora_rank is 0, which trains all weights: give a lora_rank, or leave {name} out"
+                )
         if self.use_vllm and self.vllm_mode == "server" and not self.vllm_server_base_url:
             raise UserError("vllm_mode is server: give its address as vllm_server_base_url, e.g. http://node13:8001")
 
@@ -172,7 +182,15 @@ class GRPOSettings:
     def deciding(self) -> dict:
         """The settings that decide the weights; going on with a run under others is refused."""
         free = _FREE | ({"max_steps"} if self.lr_scheduler_type.startswith("constant") else set())
+        # What the run does not use: earlier versions took it without a word, and such a run can go on without it.
+        free |= {"warmup_steps"} if self.lr_scheduler_type == "constant" else set()
+        free |= set() if self.lora_rank else set(_OF_LORA)
         return {name: value for name, value in vars(self).items() if name not in free}
+
+
+def _default(name: str) -> object:
+    (field,) = (field for field in dataclasses.fields(GRPOSettings) if field.name == name)
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def load_settings(argv: list[str] | None = None, description: str = "") -> GRPOSettings:

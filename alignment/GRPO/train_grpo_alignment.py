@@ -22,17 +22,11 @@ from pathlib import Path
 
 from alignment.config import as_yaml
 from alignment.errors import UserError, run_main
-from alignment.GRPO.checkpoints import (
-    check_same_run,
-    check_weights,
-    check_whole,
-    deciding_of,
-    newest_checkpoint,
-    step_of,
-)
+from alignment.GRPO.checkpoints import check_weights, check_whole, deciding_of, is_finished, newest_checkpoint
 from alignment.GRPO.settings import load_settings
 from alignment.prompts import draw_rows, text_hash
 from alignment.records import check_writable_folder, load_prompts, write_json
+from alignment.runs import check_same_run
 
 EXIT_STOPPED = 128  # plus the signal's number, as shells do
 
@@ -50,17 +44,19 @@ def main() -> int:
     begun_with = deciding_of(folder) if begun else {}
     checkpoint = newest_checkpoint(folder)
     if begun:
-        check_same_run(begun_with, settings.deciding(), folder)
-        if step_of(checkpoint) >= settings.max_steps and (folder / "final").exists():
+        check_same_run(begun_with, settings.deciding(), folder, "--output_dir")
+        if is_finished(folder, settings.max_steps):
             print(f"{folder} is finished; a larger --max_steps would go on with it")
             return 0
-    check_writable_folder(folder)
+    for place in (folder, folder / "checkpoints"):
+        check_writable_folder(place)
     if checkpoint is not None:
         if not begun:
             raise UserError(
                 f"{folder} holds checkpoints but no manifest.json: what run is that? Give another --output_dir"
             )
-        check_same_run(begun_with, {"processes": processes}, folder)  # each has random numbers of its own there
+        # Each process has random numbers of its own there.
+        check_same_run(begun_with, {"processes": processes}, folder, "--output_dir")
         check_whole(checkpoint, processes)
     drawn = [row[settings.prompt_key] for row in draw_rows(train_rows, settings.max_samples)]
     held_out = [row[settings.prompt_key] for row in draw_rows(held_out_rows, settings.eval_samples)]
@@ -79,6 +75,7 @@ def main() -> int:
     from alignment.lagrangian import LagrangeMultiplier
     from alignment.runs import StopSignal, write_run_files
     from alignment.scoring.client import ScorerClient
+    from alignment.scoring.scores import asked_of
     from alignment.scoring.scores import deciding as deciding_part
 
     with StopSignal() as stop:
@@ -109,7 +106,7 @@ def main() -> int:
             "scorer": deciding_part(scorer.identity()),
         }
         if begun:
-            check_same_run(begun_with, deciding, folder)
+            check_same_run(begun_with, asked_of(begun_with, deciding), folder, "--output_dir")
         multiplier = LagrangeMultiplier.from_settings(settings)
         trainer = ConstrainedGRPOTrainer(
             args,

@@ -221,7 +221,9 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
 
     def save_whole(self, final: Path) -> None:
         """A checkpoint to resume from, which appears under its name when all processes have written their part."""
-        with folder_of_all(self.accelerator, final) as folder:
+        # What is trained, and AdamW's two moments of it. DeepSpeed writes more: a float32 copy of weights in 16 bit.
+        needed = 3 * sum(tensor.nbytes for tensor in self.engine.parameters().values())
+        with folder_of_all(self.accelerator, final, needed) as folder:
             self._saving_in = folder
             try:
                 with failing_together(self.accelerator):
@@ -234,6 +236,11 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
                     path.rename(folder / path.name)
                 inner.rmdir()
                 write_json(folder / "constraint.json", self.constraint.multiplier.state_dict())
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """The first process writes the weights; what it fails at, all raise before they save together, as DeepSpeed does."""
+        with failing_together(self.accelerator):
+            super().save_model(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Reads the weights as `from_pretrained` does.

@@ -25,6 +25,7 @@ set -euo pipefail
 
 [ -f slurm/common.sh ] || { echo "error: run this from the repository root (now in $PWD)" >&2; exit 2; }
 . slurm/common.sh
+show_head "$@"
 load_site
 activate
 

@@ -20,6 +20,7 @@
 #SBATCH --open-mode=append
 [ -f slurm/common.sh ] || { echo "error: submit this from the repository root (now in $PWD)" >&2; exit 2; }
 . slurm/common.sh
+show_head "$@"
 begin_job
 echo "recovery on $(uname -n)"
 code=0

@@ -59,7 +59,7 @@ def main() -> int:
 def report(findings: list[str]) -> int:
     for finding in findings:
         print(f"FAILED: {finding}")
-    print(f"{len(findings)} findings" if findings else "verified")
+    print(f"not verified: {len(findings)} of the checks failed" if findings else "verified")
     return 1 if findings else 0
 
 

@@ -1,6 +1,6 @@
 """Builds the demo from nothing: data, tokenizer, a policy, a reward and a cost model, in about a minute on two CPU cores.
 
-    python alignment/demo/build.py --output alignment/outputs/demo --seed 0
+    python alignment/demo/build.py --output alignment/outputs/demo/models --seed 0
 
 OUTPUT/custom_train.jsonl custom_eval.jsonl   one row a prompt, PKU-SafeRLHF schema
 OUTPUT/pairs_train.jsonl pairs_eval.jsonl     what the score models learn from and are measured on
@@ -52,7 +52,7 @@ from alignment.config import load_config, setting
 from alignment.conversation import load_tokenizer
 from alignment.demo.data import KINDS, TOPICS, DemoData, Prompt, demo_data, write_answer
 from alignment.demo.vocabulary import BOS, EOS, TEMPLATE, train_tokenizer
-from alignment.errors import run_main
+from alignment.errors import UserError, run_main
 from alignment.records import read_json, write_json, write_jsonl
 from alignment.runs import atomic_directory
 from alignment.scoring.score_model import ScoreModel, at_end
@@ -89,7 +89,7 @@ MIX_HARMLESS = (0.84, 0.04, 0.08, 0.04)
 
 @dataclass
 class BuildConfig:
-    output: str = setting("alignment/outputs/demo", "folder to build into; replaced when its contents are out of date")
+    output: str = setting("alignment/outputs/demo/models", "folder to build into; an older build there is replaced")
     seed: int = setting(0, "seed of data and models", minimum=0)
 
 
@@ -101,6 +101,8 @@ def build(output: str | Path, seed: int = 0, recipe: Recipe = Recipe()) -> dict:
         report = read_json(output / "build.json")
         if report["key"] == key:
             return report
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} holds something else than a build, which would be lost: give another --output")
     start = time.time()
     data = demo_data(seed)
     with atomic_directory(output) as folder:

@@ -1,7 +1,8 @@
 """The whole mission on a CPU in minutes: `make demo`.
 
     python alignment/demo/run.py
-    SEED=1 DEMO_DIR=/tmp/demo TRAIN_JSONL=train.jsonl EVAL_JSONL=eval.jsonl python alignment/demo/run.py
+    SEED=1 DEMO_DIR=/tmp/demo python alignment/demo/run.py                           # other noise and data order; another place
+    TRAIN_JSONL=train.jsonl EVAL_JSONL=eval.jsonl python alignment/demo/run.py       # other prompts
 
 Builds tiny models, starts the scorer service, trains with ES and GRPO through it, classifies held-out answers before and
 after, and makes pictures, a table and a report. Every stage is the script that a cluster job runs; its command is printed, so
@@ -52,12 +53,16 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def main() -> None:
     script_parser(__doc__, prog="run.py").parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` stops the service
+    for name in ("TRAIN_JSONL", "EVAL_JSONL", "DEMO_DIR"):
+        if os.environ.get(name) and Path.cwd() != REPO:
+            os.environ[name] = os.path.abspath(os.environ[name])
     os.chdir(REPO)
     # The models are tiny: more threads than one a process cost more than they bring.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     started = time.monotonic()
+    files_key(*(Path(os.environ[name]) for name in ("TRAIN_JSONL", "EVAL_JSONL") if os.environ.get(name)))  # readable?
     folder = Path(os.environ.get("DEMO_DIR", "alignment/outputs/demo"))
     seed = os.environ.get("SEED", "0")
     models = folder / "models"
@@ -220,7 +225,8 @@ def call(script: str, *arguments: object) -> None:
             process.wait()
             raise
     if code:
-        print(f"\nthe demo stops here: {script} ended with exit code {code}", file=sys.stderr)
+        further = "; the same command goes on" if not 0 < code < 128 else ""  # it was stopped
+        print(f"\nthe demo stops here: {script} ended with exit code {code}{further}", file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)
 
 

@@ -25,7 +25,7 @@ class ClassifySettings:
     max_length: int = setting(
         576, "tokens a score model sees when it is loaded here; the tail beyond is lost", minimum=8
     )
-    bf16: bool = setting(False, "models in bfloat16 (default: bfloat16 on CUDA, float32 on a CPU)")
+    bf16: bool = setting(False, "models in bfloat16 on a CPU too; false: on CUDA only")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     dataset_name: str | None = setting(None, "data set on the hub or in a local folder")
     dataset_config: str = setting("alpaca-7b", "its configuration; the default one where it has none of that name")

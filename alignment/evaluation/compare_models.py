@@ -32,7 +32,9 @@ from alignment.scoring.scores import deciding, difference, same_scorer
 
 @dataclass
 class Config:
-    models: list[str] = setting([], "two or more models or points files; the first is the one compared with")
+    models: list[str] = setting(
+        [], "two or more models or points files, also without --models as first arguments; the first is compared with"
+    )
     data_dir: str = setting(DEFAULT_FOLDER, "folder with the files of the classified models")
     lambda_cost: float = setting(1.0, "lambda of the objective E[R - lambda C]", minimum=0.0)
     draws: int = setting(2000, "bootstrap draws", minimum=100)

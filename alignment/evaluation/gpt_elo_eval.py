@@ -249,7 +249,11 @@ def print_plan(config: Config, tasks: list[Task], records: list[dict], price: Pr
     expected = [expected_usage(size, reply_tokens) for size in sizes]
     worst = [worst_usage(size, config.max_output_tokens) for size in sizes]
     tokens = [sum(usage[name] for usage in expected) for name in ("prompt_tokens", "completion_tokens")]
-    print(f"{len(tasks)} judgments: {len(tasks) - len(missing)} in {config.judgments_out}, {len(asked)} calls to make")
+    same = len(missing) - len(asked)
+    ties = f", {same} ties of equal answers" if same else ""
+    print(
+        f"{len(tasks)} judgments: {len(tasks) - len(missing)} in {config.judgments_out}{ties}, {len(asked)} calls to make"
+    )
     print(f"about {tokens[0]:,} prompt tokens and {tokens[1]:,} reply tokens", end="")
     if price:
         likely, most = (sum(map(price.of, usage)) for usage in (expected, worst))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from alignment.evaluation.measures import measure
 from alignment.evaluation.points import prompt_ids
 from alignment.generation import Generation
 from alignment.objective import MAX_MISSING_SHARE, quadrant_labels
-from alignment.records import finite_or_none
+from alignment.records import finite_or_none, read_object
 from alignment.scoring.scores import Scorer
 
 
@@ -65,6 +66,18 @@ def measures_row(points: list[dict], lambda_cost: float) -> dict:
         if estimate is not None:
             row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
     return row
+
+
+def is_best(best: Path, objective: float, held_out: str) -> bool:
+    """Whether a policy beats the one that a run keeps in the folder `best`; `held_out`: the hash of the prompts.
+
+    Objectives on other prompts do not compare: the run then begins anew with its best.
+    """
+    state = best / "trainer_state.json"
+    if not state.exists():
+        return True
+    standing = read_object(state, objective=(int, float))
+    return standing.get("held_out", held_out) != held_out or objective > standing["objective"]
 
 
 def summary_line(iteration: int, row: dict) -> str:

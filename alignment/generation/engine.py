@@ -22,6 +22,10 @@ from alignment.model_folder import resolve_folder
 from alignment.pretrained import tensors_hash
 from alignment.progress import progress_bar
 
+# A key of config.json: adapters were merged into these weights. What they have learnt is so small beside them that 16 bits would
+# round most of it away, so that such a policy is saved, and by default loaded, in float32.
+MERGED_ADAPTERS = "merged_adapters"
+
 _CONTEXT_TOKENS = 8  # enough for a decoder to see that a response stands in the middle of a text
 
 
@@ -49,17 +53,18 @@ class Engine(ABC):
     """A policy that answers prompts. Subclasses load it and implement `_answer`, `parameters` and `save_pretrained`."""
 
     device: torch.device
+    dtype: torch.dtype  # that the policy computes in
     end_ids: list[int]
     context: int | None  # longest prompt and answer together, in tokens; None when the model has no limit
     members_at_once: int  # how many members one call of `generate_members` should get
+    num_parameters: int  # of the policy, adapters not counted
 
-    def __init__(
-        self, model_path: str | Path, template: str, first_turn_only: bool, batch_size: int, has_weights: bool = True
-    ):
-        """Raises UserError when the folder is not a whole policy; its weights are not loaded yet."""
+    def __init__(self, model_path: str | Path, template: str, first_turn_only: bool, batch_size: int):
+        """Raises UserError for a folder without a policy's config or tokenizer; its weights are looked at when they are read."""
         self.folder = resolve_folder(model_path)
-        self.config = read_policy_config(self.folder, has_weights)
+        self.config = read_policy_config(self.folder)
         self.tokenizer = load_tokenizer(self.folder)
+        self.holds_merged_adapters = bool(getattr(self.config, MERGED_ADAPTERS, False))
         check_vocabulary(self.folder, self.tokenizer, self.config)
         self._ids_known = known_ids(self.config)
         if self._ids_known is not None and (self.tokenizer.pad_token_id or 0) >= self._ids_known:
@@ -78,7 +83,10 @@ class Engine(ABC):
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-        """The model in Hugging Face layout (safetensors) with its tokenizer; `weights` by name in place of its own."""
+        """The model in Hugging Face layout (safetensors) with its tokenizer; `weights` by name in place of its own.
+
+        Adapters are merged, and all weights are then saved in float32 (see MERGED_ADAPTERS).
+        """
 
     @abstractmethod
     def _answer(self, batch: dict[int, list[int]], max_new_tokens: int, sampling: Sampling) -> dict[int, Generation]:
@@ -118,7 +126,7 @@ class Engine(ABC):
 
     def weights_hash(self) -> str:
         """`tensors_hash` of all parameters."""
-        return tensors_hash(self.parameters())
+        return tensors_hash(self.parameters().items())
 
     def generate(
         self,
@@ -141,14 +149,20 @@ class Engine(ABC):
         return [answers[index] for index in range(len(prompts))]
 
     def generate_share(
-        self, prompts: Sequence[str], max_new_tokens: int, rank: int, world_size: int
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        rank: int,
+        world_size: int,
+        before_batch: Callable[[], None] = lambda: None,
     ) -> dict[int, Generation]:
-        """Greedy answers to this process's share of `prompts`, by index.
+        """Greedy answers to this process's share of `prompts`, by index. What `before_batch` raises ends it.
 
         Whole batches are dealt out, so that an answer does not depend on how many processes there are.
         """
         answers: dict[int, Generation] = {}
         for batch in self._batches(prompts, max_new_tokens)[rank::world_size]:
+            before_batch()
             answers |= self._answer(batch, max_new_tokens, Sampling())
         return answers
 

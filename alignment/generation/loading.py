@@ -9,20 +9,18 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from alignment.errors import UserError, first_line
-from alignment.model_folder import read_config, tensor_shapes
+from alignment.model_folder import check_ids, read_config, tensor_shapes
 from alignment.pretrained import BUFFERS, CONFIG_ERRORS, load_whole, misshapen, refuse_keys
 
 _SCORE_MODELS = ("ForScore", "ForSequenceClassification", "ForTokenClassification")
 
 
-def read_policy_config(folder: Path, has_weights: bool = True) -> PretrainedConfig:
-    """The config of a policy whose weight files are there and can be read, if it `has_weights`. Loads none. Raises UserError."""
+def read_policy_config(folder: Path) -> PretrainedConfig:
+    """The config of a policy; its weights are not looked at. Raises UserError."""
     config = read_config(folder)
     architecture = (getattr(config, "architectures", None) or [""])[0]
     if architecture.endswith(_SCORE_MODELS):
         raise UserError(f"{folder}: a score model ({architecture} in its config.json), not a policy that writes text")
-    if has_weights:
-        tensor_shapes(folder)
     return config
 
 
@@ -40,10 +38,8 @@ def check_vocabulary(folder: Path, tokenizer: Any, config: PretrainedConfig) -> 
     own = [index for index in tokenizer.get_vocab().values() if index not in added]
     largest = max([*own, -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id])
     known = known_ids(config)
-    if known is not None and largest >= known:
-        raise UserError(
-            f"{folder}: the tokenizer has ids up to {largest}, the model knows {known}: they do not belong together"
-        )
+    if known is not None:
+        check_ids(folder, largest, known)
 
 
 def load_policy(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:

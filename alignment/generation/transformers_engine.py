@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers.utils import logging
 
 from alignment.device import find_device
-from alignment.generation.engine import Engine, Generation, Sampling, complete
+from alignment.generation.engine import MERGED_ADAPTERS, Engine, Generation, Sampling, complete
 from alignment.generation.loading import load_policy
 from alignment.generation.members import LowRank, MembersInBatch, linear_weights
+from alignment.records import read_json, write_json
 
 MEMBERS_AT_ONCE = 8  # enough to share the product with the weights, few enough that several processes get a group
 
 
 class TransformersEngine(Engine):
-    """`dtype` "auto" is float32 on a CPU and bfloat16 elsewhere. `first_turn_only=False` keeps the turns that the model
-    invents for the user, as the published scripts do.
+    """`dtype` "auto" is bfloat16, but float32 on a CPU and for a policy that adapters were merged into.
+
+    `first_turn_only=False` keeps the turns that the model invents for the user, as the published scripts do.
     """
 
     model: Any  # transformers' PreTrainedModel that generates, or peft's around it
@@ -39,9 +43,13 @@ class TransformersEngine(Engine):
         logging.disable_progress_bar()  # the scripts' own bar is the only one
         self.device = find_device(device)
         super().__init__(model_path, template, first_turn_only, batch_size)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # of several processes each has its own GPU
         if dtype == "auto":
-            dtype = "float32" if self.device.type == "cpu" else "bfloat16"
-        self.model = load_policy(self.folder, getattr(torch, dtype), self.device)
+            dtype = "float32" if self.device.type == "cpu" or self.holds_merged_adapters else "bfloat16"
+        self.dtype = getattr(torch, dtype)
+        self.model = load_policy(self.folder, self.dtype, self.device)
+        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.members_at_once = min(MEMBERS_AT_ONCE, batch_size)
         self.model.generation_config = complete(self.model.generation_config, self.tokenizer, self.template)
@@ -54,8 +62,12 @@ class TransformersEngine(Engine):
 
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
             self.model = get_peft_model(self.model, config).eval()
+        generator = torch.Generator().manual_seed(seed)
+        for name, tensor in sorted(self.parameters().items()):
+            if ".lora_A." in name:  # drawn anew: peft draws in the base's dtype, which is not the same on every device
+                drawn = nn.init.kaiming_uniform_(torch.empty(tensor.shape), a=math.sqrt(5), generator=generator)
+                tensor.copy_(drawn)
 
     def parameters(self) -> dict[str, torch.Tensor]:
         adapted = hasattr(self.model, "peft_config")
@@ -144,8 +156,9 @@ class TransformersEngine(Engine):
         return result
 
     def save_pretrained(self, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-        """Adapters are merged into the model's weights, computed anew and not in place, so that nothing drifts."""
-        if hasattr(self.model, "peft_config"):
+        """Merged weights are computed anew and not in place, so that nothing drifts."""
+        merged = hasattr(self.model, "peft_config")
+        if merged:
             model = self.model.get_base_model()
             state = _merged_state(model)
         else:
@@ -156,6 +169,9 @@ class TransformersEngine(Engine):
             for name, parameter in model.named_parameters(remove_duplicate=False):
                 state[name] = (weights or {}).get(first_name[parameter], parameter)
         model.save_pretrained(str(folder), state_dict=state)
+        if merged:
+            config = Path(folder) / "config.json"
+            write_json(config, read_json(config) | {"dtype": "float32", MERGED_ADAPTERS: True})
         self.tokenizer.save_pretrained(str(folder))
 
     def _pad_left(self, sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,12 +185,18 @@ class TransformersEngine(Engine):
 
 
 def _merged_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A model's state with each LoRA adapter added to its layer, under the names that the plain model has."""
+    """A model's state in float32 with each LoRA adapter added to its layer, under the names that the plain model has.
+
+    In 16 bits most of what adapters have learnt would be rounded away: it is small beside the weights.
+    """
     from peft.tuners.lora import LoraLayer
 
     state = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             weight = state.pop(f"{name}.base_layer.weight")
-            state[f"{name}.weight"] = weight + module.get_delta_weight("default").to(weight.dtype)  # type: ignore[attr-defined]
-    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
+            state[f"{name}.weight"] = weight.float() + module.get_delta_weight("default").float()  # type: ignore[attr-defined]
+    return {
+        name.replace(".base_layer.", "."): tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+    }

@@ -69,12 +69,14 @@ class VLLMEngine(Engine):
         except ImportError as error:
             raise UserError(f"engine vllm: {error}; use the environment of requirements-cluster.txt") from error
         self.device = find_device(device)
-        has_weights = options.get("load_format") != "dummy"  # random ones otherwise
-        super().__init__(model_path, template, first_turn_only, 2**31, has_weights)  # vLLM forms its own batches
-        if has_weights:
+        super().__init__(model_path, template, first_turn_only, 2**31)  # vLLM forms its own batches
+        if options.get("load_format") != "dummy":  # random weights need no files
             check_headers(self.folder, self.config)
         if members_at_once:
             options |= member_options(members_at_once, member_rank)
+        if dtype == "auto" and self.holds_merged_adapters:
+            dtype = "float32"
+        self.num_parameters = sum(shape.numel() for shape in shapes_of(self.config).values())
         options = self._memory(dtype, reserved_bytes) | options
         with placed_on(self.device) as placement:
             try:
@@ -99,6 +101,7 @@ class VLLMEngine(Engine):
         self._slots = runner.member_slots if members_at_once else None
         self.members_at_once = members_at_once
         self.context = self._llm.llm_engine.model_config.max_model_len
+        self.dtype = self._llm.llm_engine.model_config.dtype
         self.end_ids = self._generation_config().eos_token_id
         check_finite(self.folder, self.parameters())
 
@@ -112,8 +115,7 @@ class VLLMEngine(Engine):
         torch.cuda.set_device(self.device.index or 0)
         total = torch.cuda.get_device_properties(self.device).total_memory
         share = 1 - _HEADROOM - reserved_bytes / total
-        shapes = shapes_of(self.config).values()
-        working = (4 if dtype == "float32" else 2) * sum(shape.numel() for shape in shapes)
+        working = (4 if dtype == "float32" else 2) * self.num_parameters
         print(
             f"GPU memory {total / GIB:.1f} GiB: policy {working / GIB:.1f}, reserved (float32 master) "
             f"{reserved_bytes / GIB:.1f}, KV cache about {max(0.0, share * total - working) / GIB:.1f} GiB",
@@ -174,13 +176,19 @@ class VLLMEngine(Engine):
         return linear_weights(on_meta(self.config))
 
     def generate_share(
-        self, prompts: Sequence[str], max_new_tokens: int, rank: int, world_size: int
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        rank: int,
+        world_size: int,
+        before_batch: Callable[[], None] = lambda: None,
     ) -> dict[int, Generation]:
         """Prompts are dealt out one by one, by length: vLLM forms its own batches, which here are not what an answer hangs
         on but for its rounding. In 16 bits a text may change at a near tie with the number of processes.
         """
         (everything,) = self._batches(prompts, max_new_tokens)
         own = dict(list(everything.items())[rank::world_size])
+        before_batch()
         return self._answer(own, max_new_tokens, Sampling()) if own else {}
 
     def generate_members(

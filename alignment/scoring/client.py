@@ -30,6 +30,7 @@ from typing import TypeVar
 import numpy as np
 
 from alignment.errors import UserError
+from alignment.progress import watched
 from alignment.scoring.connection import IDENTITY_HEADER, Endpoint, Retry
 from alignment.scoring.discovery import Address, ScorerNotFound, find_from_environment, read_secret
 from alignment.scoring.scores import Scores, asked_of, deciding, difference
@@ -58,9 +59,9 @@ class ScorerClient:
     `url` is an address, several (a list, or separated by commas), or "auto". `timeout` is for one answer, `max_wait` for how
     long all scorers may stay away, `deadline` for a whole call (None: no limit), all in seconds. `concurrency` is the number
     of chunks that a call has under way at each address. `on_wait(seconds)` is called in the calling thread during pauses with
-    the time waited so far, and may raise to end the call; without it a line a minute goes to stderr. The token is `token`, or
-    SCORER_AUTH, or the content of SCORER_TOKEN_FILE; with "auto", the scorer's own token file. `expected_identity` is the one
-    that a resumed run began with.
+    the time waited so far, and may raise to end the call; without it, and where stderr is no terminal, a line a minute goes
+    there. The token is `token`, or SCORER_AUTH, or the content of SCORER_TOKEN_FILE; with "auto", the scorer's own token file.
+    `expected_identity` is the one that a resumed run began with.
     """
 
     def __init__(
@@ -307,7 +308,8 @@ class ScorerClient:
     def _tell(self, seconds: float) -> None:
         if self.on_wait is not None:
             self.on_wait(seconds)
-        elif seconds >= SAY_AFTER and time.monotonic() - self._said >= SAY_EVERY:
+        shown = self.on_wait is not None and watched()  # in its bar, which a job's log does not have
+        if not shown and seconds >= SAY_AFTER and time.monotonic() - self._said >= SAY_EVERY:
             self._said = time.monotonic()
             print(f"waiting for the scorer, {seconds / 60:.0f} min ({self._problem})", file=sys.stderr, flush=True)
 

@@ -2,6 +2,7 @@
 
     python alignment/scoring/discovery.py           # prints the address of the one scorer that fits, or says why not
     python alignment/scoring/discovery.py --list    # every published scorer and its state
+    EXPERIMENT_ID=beta_sweep python alignment/scoring/discovery.py  # of that experiment; SCORER_JOB_ID: of that job
 
 In Python: find_scorer("logs", experiment_id="beta_sweep") gives an Address, or raises ScorerNotFound, UserError for several.
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from alignment.conversation import Encoded, Template, get_template, load_tokenizer
 from alignment.device import find_device
 from alignment.errors import UserError
-from alignment.model_folder import config_hash, read_config, resolve_folder, tokenizer_hash, weights_hash
+from alignment.model_folder import check_ids, config_hash, read_config, resolve_folder, tokenizer_hash, weights_hash
 from alignment.scoring.batching import BatchScorer
 from alignment.scoring.calibration import Calibration, read_calibration
 from alignment.scoring.packed import STEP, TOKENS, PackedForward, can_pack, check_fp8
@@ -339,12 +339,8 @@ def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bo
 
 def check_fit(folder: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, max_length: int) -> None:
     """Raises UserError when tokenizer, model and max_length cannot belong together."""
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has ids up to {largest}, the model knows {config.vocab_size}: they do not belong"
-            " together"
-        )
+    # Added tokens, too: nobody looks for their ids in the texts, as is done with a policy's prompts.
+    check_ids(folder, max(tokenizer.get_vocab().values()), config.vocab_size)
     end = config.eos_token_id
     if isinstance(end, int) and end != tokenizer.eos_token_id:
         raise UserError(

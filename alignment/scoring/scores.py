@@ -22,7 +22,10 @@ def deciding(identity: dict) -> dict:
 
 
 def asked_of(known: dict, now: dict) -> dict:
-    """What decides a score, of an identity `now` that must be equal to `known`: without what is ADDED and not in `known`."""
+    """What decides a score, of an identity `now` that must be equal to `known`: without what is ADDED and not in `known`.
+
+    Also for the settings of a run with the identity in them.
+    """
     return _asked_of(known, deciding(now))
 
 

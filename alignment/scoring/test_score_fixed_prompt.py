@@ -62,8 +62,8 @@ class Config:
     max_length: int = setting(576, "tokens a text of models in this process", minimum=2)
 
     def __post_init__(self) -> None:
-        models = self.reward_model is not None and self.cost_model is not None
-        if models == (self.scorer_url is not None):
+        given = [self.scorer_url is not None, self.reward_model is not None, self.cost_model is not None]
+        if given not in ([True, False, False], [False, True, True]):
             raise UserError("name either --scorer_url or both --reward_model and --cost_model")
 
 

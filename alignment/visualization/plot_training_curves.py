@@ -52,7 +52,7 @@ LEGEND_ROWS = 11  # that fit beside the panels at full size
 
 @dataclass
 class Config:
-    runs: list[str] = setting([], "run folders, or their metrics.jsonl")
+    runs: list[str] = setting([], "run folders, or their metrics.jsonl; also without --runs as first arguments")
     labels: list[str] = setting([], "one a run; runs of one label are drawn as a band (default: each run for itself)")
     x: Literal["iteration", "samples", "time"] = setting("iteration", "what the runs are compared over")
     output: str = setting("alignment/outputs/training_curves.png", "figure, .png or .pdf")

@@ -21,6 +21,7 @@ matplotlib.use("Agg", force=False)  # no display on a cluster node; a notebook's
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from alignment.errors import UserError
@@ -86,6 +87,8 @@ def model_colours(names: Sequence[str]) -> dict[str, str]:
     """name -> colour. Beyond the number of free colours they repeat; every figure names its models in text as well."""
     known = {name: MODEL_COLOURS[name] for name in names if name in MODEL_COLOURS}
     palette = [colour for colour in OTHER_COLOURS if colour not in known.values()]
+    alike = {colour for colour in palette if any(_distance(colour, other) < 60 for other in known.values())}
+    palette.sort(key=alike.__contains__)  # given away last
     colours: dict[str, str] = {}
     free: list[str] = []
     for name in dict.fromkeys(names):
@@ -94,9 +97,14 @@ def model_colours(names: Sequence[str]) -> dict[str, str]:
             continue
         free = free or list(palette)
         wanted = OTHER_COLOURS[zlib.crc32(name.encode("utf-8", "surrogatepass")) % len(OTHER_COLOURS)]
-        colours[name] = wanted if wanted in free else free[0]
+        colours[name] = wanted if wanted in free and wanted not in alike else free[0]
         free.remove(colours[name])
     return colours
+
+
+def _distance(one: str, other: str) -> float:
+    """Of two colours #rrggbb: 0 to 442."""
+    return float(np.linalg.norm(255 * (np.array(to_rgb(one)) - np.array(to_rgb(other)))))
 
 
 def short_name(name: str, length: int = MAX_NAME) -> str:
