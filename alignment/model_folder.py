@@ -24,6 +24,11 @@ if TYPE_CHECKING:  # slow to import, and not all that look at a folder read its 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 KEYS_SHOWN = 5
 _NEVER_READ = ["*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "original/*"]  # the same weights in other layouts
+# What tokenizers of all kinds are read from: the names differ, these patterns hold them.
+_TOKENIZER_FILES = (
+    *("tokenizer*", "vocab*", "merges*", "*.model", "*.spm", "*.tiktoken", "tekken.json"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -69,6 +74,27 @@ def weights_hash(folder: str | Path) -> str:
     for file in weight_files(resolve_folder(folder)):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_hash(folder: Path, chat_template: bool) -> str:
+    """16 hex digits of the SHA-256 of the names and bytes of the tokenizer's files, and of its chat template's if asked for.
+
+    Of the files, because what a loaded tokenizer says of itself differs between versions of the libraries.
+    """
+    patterns = (*_TOKENIZER_FILES, *(("chat_template*",) if chat_template else ()))
+    return _files_hash({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+
+
+def config_hash(folder: Path) -> str:
+    """16 hex digits of the SHA-256 of config.json, which says what is computed with the weights."""
+    return _files_hash([folder / "config.json"])
+
+
+def _files_hash(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:16]
 
 

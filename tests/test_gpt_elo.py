@@ -8,8 +8,10 @@ import pytest
 from alignment.errors import UserError
 from alignment.evaluation import gpt_elo_eval
 from alignment.evaluation.judging.prompts import build_messages
-from alignment.evaluation.judging.report import position_bias
-from alignment.evaluation.judging.tasks import choose_prompts, make_tasks, read_answers
+from alignment.evaluation.judging.ratings import rate
+from alignment.evaluation.judging.report import describe_ratings, position_bias, print_ratings
+from alignment.evaluation.judging.store import make_record, verdicts_of
+from alignment.evaluation.judging.tasks import Task, choose_prompts, make_tasks, read_answers
 from alignment.evaluation.judging.verdict import Verdict, read_scores, result_of
 from alignment.records import read_jsonl, write_json, write_jsonl
 from alignment.visualization.plot_gpt_elo_figure import draw_ratings, main
@@ -152,6 +154,29 @@ def test_position_bias_is_measured():
     assert bias["first_wins"]["value"] == pytest.approx(50 + both["first"] / 4)
     assert bias["first_wins"]["low"] > 50 and bias["score_difference"]["value"] > 0
     assert position_bias([]) is None
+
+
+def test_equal_answers_say_nothing_of_the_judge(capsys):
+    """They are stored as ties in both orders without asking, which counted as a judge without bias."""
+    verdicts = [
+        Verdict("helpfulness", f"p{number}", first, second, 1.0, (9.0, 5.0))
+        for number in range(4)
+        for first, second in (("a", "b"), ("b", "a"))
+    ]
+    tasks = [Task("helpfulness", "q", *pair, "same", "same", "judge") for pair in (("a", "b"), ("b", "a"))]
+    records = [make_record(task, "tie", None, "", error="the answers are the same: not asked") for task in tasks]
+    equal = verdicts_of(records, 0.5, "judgments.jsonl")
+    assert [(one.result, one.asked) for one in equal] == [(0.5, False)] * 2
+    bias = position_bias([*verdicts, *equal])
+    assert bias == position_bias(verdicts) | {"not_asked": 2}
+    assert bias["first_wins"]["value"] == 100.0 and bias["both_orders"]["same"] == 0
+    assert position_bias(equal) is None
+    rated = rate([*verdicts, *equal], ["a", "b"], "a", "bradley-terry", 10, 0)
+    assert rated.games[0, 1] == 10  # the ratings count them
+    print_ratings({"dimensions": {"helpfulness": describe_ratings(rated) | {"position_bias": bias}}})
+    assert "; same verdict in both orders 0.0 %; 2 ties of equal answers, not asked\n" in capsys.readouterr().out
+    published = {"model_a": "a", "model_b": "b", "dimension": "helpfulness", "question": "q", "scores": None}
+    assert verdicts_of([published], 0.5, "judgments.jsonl")[0].asked  # a reply that was not understood
 
 
 def details(low=950.0, high=1300.0):

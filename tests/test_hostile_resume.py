@@ -125,6 +125,16 @@ def test_es_goes_on_with_the_scorer_that_it_began_with_and_no_other(tiny_policy,
     assert len(read_jsonl(run / "journal.jsonl")) == 4
 
 
+def test_runs_go_on_whose_scorer_named_less_of_itself(tiny_policy, prompts, es_run, grpo_run, tmp_path):
+    with FakeScorer() as now:
+        models = {key: IDENTITY[key] | {"tokenizer": "1a", "config": "2a"} for key in ("reward_model", "cost_model")}
+        now.identity = IDENTITY | models | {"backend": "transformers"}
+        for command, begun, steps in ((es, es_run, {"num_iterations": 3}), (grpo, grpo_run, {"max_steps": 2})):
+            run = shutil.copytree(begun, tmp_path / command.__name__)
+            done = run_script(*command(tiny_policy, now.url, prompts, run, **steps))
+            assert done.code == 0, done.err
+
+
 def test_what_a_scorer_measures_of_itself_decides_nothing(tiny_policy, prompts, es_run, tmp_path):
     run = shutil.copytree(es_run, tmp_path / "run")
     with FakeScorer() as other:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from alignment.evaluation.held_out import measures_row, score_answers, with_ids
 from alignment.evaluation.measures import (
     MEASURES,
     category_table,
@@ -14,6 +15,10 @@ from alignment.evaluation.measures import (
     row_measures,
     score_arrays,
 )
+from alignment.evaluation.points import read_points
+from alignment.generation import Generation
+from alignment.records import write_jsonl
+from alignment.scoring.scores import Scores
 
 
 def make_points(rng, count=60, prompts=40):
@@ -189,3 +194,22 @@ def test_categories_overlap():
     drugs = [100.0 * (row["cost"] <= 0) for row in points[::2]]
     assert table["Drugs"]["safe_ratio"]["value"] == pytest.approx(np.mean(drugs))
     assert category_table(make_points(np.random.default_rng(9))) == {}
+
+
+def test_held_out_rows_without_a_score_have_no_label(tmp_path):
+    """They were labelled as unsafe or not helpful, which nobody had found; classification writes null."""
+    rewards, costs = np.ones(60), -np.ones(60)
+    rewards[0] = costs[0] = costs[1] = np.nan
+    errors = ["reward is nan; cost is nan", "cost is nan", *[None] * 58]
+
+    class Scorer:
+        def score(self, prompts, responses, finished):
+            return Scores(rewards, costs, errors, [False] * 60)
+
+    answers = [Generation("yes", "yes", True, False, 3)] * 60
+    points = with_ids(score_answers([f"question {i}" for i in range(60)], answers, Scorer()))
+    assert [point["label"] for point in points] == [None, None, *["SH"] * 58]
+    write_jsonl(tmp_path / "points.jsonl", points)
+    assert read_points(tmp_path / "points.jsonl") == points
+    row = measures_row(points, 1.0)
+    assert (row["scores_missing"], row["safe_ratio"]) == (2, 100.0)

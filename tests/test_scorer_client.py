@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import socket
 import threading
@@ -14,9 +15,9 @@ from fake_scorer import FakeScorer, score_of
 from alignment.errors import UserError
 from alignment.scoring import client as client_module
 from alignment.scoring import connection
-from alignment.scoring.client import ScorerClient, ScorerUnavailable, difference
+from alignment.scoring.client import ScorerClient, ScorerUnavailable
 from alignment.scoring.discovery import Publication, address_path, own_address, write_secret
-from alignment.scoring.scores import Scores
+from alignment.scoring.scores import Scores, difference
 
 PROMPTS = [f"prompt {index}" for index in range(50)]
 RESPONSES = [f"response {index}" for index in range(50)]
@@ -24,9 +25,9 @@ RESPONSES = [f"response {index}" for index in range(50)]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    for module in (client_module, connection):
-        monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(connection, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(client_module, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(client_module, "PAUSE_AFTER_FAILED", 0.01)
     for name in ("SCORER_AUTH", "SCORER_TOKEN_FILE", "EXPERIMENT_ID", "SCORER_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
 
@@ -53,7 +54,7 @@ def test_nothing_to_score():
     assert scores.rewards.shape == (0,) and scorer.requests == []
 
 
-@pytest.mark.parametrize("fault", [429, 502, 503, 504, None])
+@pytest.mark.parametrize("fault", [429, 500, 502, 503, 504, None])
 def test_what_passes_is_tried_again(fault):
     waits = []
 
@@ -64,11 +65,36 @@ def test_what_passes_is_tried_again(fault):
     assert len(waits) == 2 and waits == sorted(waits)
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 500])
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 422])
 def test_what_is_wrong_is_not_tried_again(status):
     with FakeScorer(lambda number, body: status) as scorer, pytest.raises(UserError, match=f"{status}: as the test"):
         ScorerClient(scorer.url).score(["a"], ["b"])
     assert len(scorer.requests) == 1
+
+
+def test_a_scorer_that_only_fails_is_given_up_in_its_own_words(monkeypatch):
+    pauses = []
+    pause = client_module._Call.pause
+    monkeypatch.setattr(
+        client_module._Call,
+        "pause",
+        lambda call, waited, seconds: (pauses.append(seconds), pause(call, waited, seconds)),
+    )
+    with FakeScorer(lambda number, body: 500) as scorer:
+        with pytest.raises(
+            UserError, match=f"{scorer.url} has failed 7 times, the last one 500: as the test"
+        ) as caught:
+            ScorerClient(scorer.url).score(["a"], ["b"])
+        assert not isinstance(caught.value, ScorerUnavailable)
+    assert len(scorer.requests) == 7 and len(pauses) == 6
+    assert pauses[-1] > 10 * pauses[0]
+
+
+def test_one_scorer_fails_and_another_does_not():
+    with FakeScorer(lambda number, body: 500) as bad, FakeScorer() as good:
+        client = ScorerClient([bad.url, good.url], batch_size=1)
+        assert client.score(PROMPTS, RESPONSES).rewards.tolist() == expected(0)
+        assert bad.requests
 
 
 def test_a_scorer_that_stays_away():
@@ -358,6 +384,60 @@ def test_one_of_several_goes_away_and_comes_back():
                 client.wait_until_ready()
 
 
+def test_one_of_several_that_hangs_is_left_alone_while_another_answers():
+    """It was asked again after a pause of seconds, and each time a chunk waited for its whole timeout."""
+    release = threading.Event()
+
+    def hang(number, body):
+        release.wait(20)
+        return FakeScorer.scores(body)
+
+    def ask(calls: int) -> float:
+        """The longest of so many calls, in seconds."""
+        longest = 0.0
+        for _ in range(calls):
+            began = time.monotonic()
+            assert client.score(PROMPTS[:8], RESPONSES[:8]).rewards.tolist() == expected(0)[:8]
+            longest = max(longest, time.monotonic() - began)
+        return longest
+
+    with FakeScorer(hang) as hangs, FakeScorer() as answers:
+        client = ScorerClient([hangs.url, answers.url], batch_size=1, timeout=1.0, concurrency=2)
+        assert ask(1) >= 1
+        asked, hung = len(hangs.requests), client._endpoints[0]
+        assert 1 <= asked <= 4 and 0.5 < hung.avoided_until - time.monotonic() <= 1
+        hung.avoided_until += 20  # however long the next calls take here
+        assert ask(3) < 1 and len(hangs.requests) == asked
+        hung.avoided_until = 0.0  # its time is over: one chunk tries it
+        assert ask(1) >= 1 and len(hangs.requests) == asked + 1
+        assert 1.5 < hung.avoided_until - time.monotonic() <= 2  # and it is left alone for longer
+        release.set()
+        assert ask(1) < 1 and len(hangs.requests) == asked + 1
+        hung.avoided_until = 0.0
+        ask(3)
+        assert len(hangs.requests) > asked + 3 and hung.avoided == 0.0  # it takes its share again
+
+
+def test_after_all_have_hung_none_is_left_alone_for_long():
+    """As when the network is away: what is there again must not be avoided for many times the timeout."""
+    away = threading.Event()
+    away.set()
+
+    def answer(number, body):
+        while away.is_set():
+            time.sleep(0.01)
+        return FakeScorer.scores(body)
+
+    def on_wait(seconds):
+        if seconds > 3:
+            away.clear()
+
+    with FakeScorer(answer) as one, FakeScorer(answer) as two:
+        client = ScorerClient([one.url, two.url], batch_size=10, timeout=1.0, on_wait=on_wait)
+        assert client.score(PROMPTS, RESPONSES).rewards.tolist() == expected(0)
+        assert max(endpoint.avoided for endpoint in client._endpoints) <= 2
+
+
 def test_one_of_several_is_away_from_the_start():
     with socket.socket() as silent, FakeScorer() as scorer:
         silent.bind(("127.0.0.1", 0))  # refuses connections
@@ -428,6 +508,46 @@ def test_auto_finds_the_scorer_and_finds_it_again_elsewhere(tmp_path, monkeypatc
         publish(tmp_path, second, "third token")
         assert client.score(PROMPTS, RESPONSES).rewards.tolist() == expected(0)
     assert len(waits) >= 3
+
+
+def test_auto_keeps_to_its_scorer_when_another_fits_too(tmp_path, monkeypatch):
+    """One dropped connection, after a second experiment's scorer with the same models came up, ended the run."""
+    monkeypatch.setenv("LOGS_DIR", str(tmp_path))
+    dropped = []
+
+    def drop_one(number, body):
+        if number == 2 and not dropped:
+            return dropped.append(number)
+        return FakeScorer.scores(body)
+
+    with FakeScorer(drop_one) as mine, FakeScorer() as other:
+        publish(tmp_path, mine)
+        client = ScorerClient("auto")
+        client.score(PROMPTS[:1], RESPONSES[:1])
+        publish(tmp_path, other)
+        assert client.score(PROMPTS[:2], RESPONSES[:2]).rewards.tolist() == expected(0)[:2]
+        assert dropped and client.url == mine.url and other.requests == []
+
+
+def test_auto_waits_for_its_scorer_when_several_others_fit(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOGS_DIR", str(tmp_path))
+    with FakeScorer() as mine:
+        publish(tmp_path, mine)
+        client = ScorerClient("auto", max_wait=20)
+        client.score(PROMPTS[:1], RESPONSES[:1])
+    waits = []
+    with FakeScorer() as one, FakeScorer() as two, contextlib.ExitStack() as stack:
+        publish(tmp_path, one)
+        publish(tmp_path, two)
+
+        def on_wait(seconds):
+            waits.append(seconds)
+            if len(waits) == 3:
+                publish(tmp_path, stack.enter_context(FakeScorer(port=int(mine.url.rsplit(":", 1)[1]))))
+
+        client.on_wait = on_wait
+        assert client.score(PROMPTS[:2], RESPONSES[:2]).rewards.tolist() == expected(0)[:2]
+        assert client.url == mine.url and one.requests == two.requests == []
 
 
 def test_auto_without_a_scorer(tmp_path, monkeypatch):

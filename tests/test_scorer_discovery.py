@@ -105,6 +105,21 @@ def test_several_are_an_error_that_lists_them(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_of_several_the_known_one_then_its_address_then_its_job(tmp_path):
+    with scorer(tmp_path, "a", "1") as one, scorer(tmp_path, "a", "2") as two:
+        known = one.publication.address
+        assert find_scorer(tmp_path, "a", known=known).url == one.url
+        assert find_scorer(tmp_path, "a", known=replace(known, url=two.url)).url == one.url  # the same process
+        assert find_scorer(tmp_path, "a", known=replace(known, instance="before", url=two.url)).url == two.url
+        elsewhere = replace(known, instance="before", url="http://127.0.0.1:9")
+        assert find_scorer(tmp_path, "a", known=elsewhere).url == one.url
+        for stranger in (replace(elsewhere, job_id="9"), replace(elsewhere, job_id=None)):
+            with pytest.raises(ScorerNotFound, match="2 scorers fit"):  # the known one may come back
+                find_scorer(tmp_path, "a", known=stranger)
+    with scorer(tmp_path, "a", "3") as third:
+        assert find_scorer(tmp_path, "a", known=known).url == third.url
+
+
 def test_the_environment_of_a_trainer(tmp_path, monkeypatch):
     with scorer(tmp_path, "a", "1") as one, scorer(tmp_path, "b", "2") as two:
         monkeypatch.setenv("LOGS_DIR", str(tmp_path))

@@ -12,11 +12,12 @@ import time
 
 import pytest
 import requests
-from scorer_process import HELLO, in_process
+from scorer_process import HELLO, StubScorer, in_process
 
 from alignment.errors import UserError
 from alignment.scoring import http_app
 from alignment.scoring.client import ScorerClient
+from alignment.scoring.discovery import Publication, ScorerNotFound, address_path, find_scorer, own_address
 from alignment.scoring.http_app import BadRequest, Intake
 from alignment.scoring.monitor import Monitor
 from alignment.scoring.service_settings import Limits
@@ -72,6 +73,34 @@ class Held:
         for thread in self.threads:
             thread.join(20)
         until(lambda: self.worker.monitor.under_way._value.get() == 0)
+
+
+@pytest.mark.parametrize("round_tokens", [None, 100])
+def test_health_says_when_a_round_does_not_end(monkeypatch, tmp_path, round_tokens):
+    monkeypatch.setattr(StubScorer, "round_tokens", round_tokens)
+    with in_process(stub=True, SCORER_STUCK_SECONDS="1") as (worker, url):
+        address = own_address(url, "instance", {})
+        Publication(address_path(tmp_path, address), address, None).write(worker.scorer.identity())
+
+        def health() -> tuple[int, str]:
+            reply = requests.get(url + "/health", timeout=10)
+            assert reply.json()["identity"] == worker.scorer.identity()
+            return reply.status_code, reply.json()["status"]
+
+        with Held(worker, url):
+            assert health() == (200, "healthy")
+            until(lambda: health() == (503, "stuck"))
+            assert requests.get(url + "/health", timeout=10).json()["detail"].startswith("the models have been at one")
+            with pytest.raises(
+                ScorerNotFound, match="the models have been at one round for 1 s, more than SCORER_STUCK_"
+            ):
+                find_scorer(tmp_path)
+        assert health() == (200, "healthy")
+        worker.scorer.error = RuntimeError("out of memory")
+        assert post(url, {"texts": ["fails"]}).status_code == 500
+        assert worker.monitor.seconds_in_round() == 0  # a round that failed has ended
+        worker.scorer.error = None
+        assert find_scorer(tmp_path).url == url
 
 
 @pytest.mark.parametrize(

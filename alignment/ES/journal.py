@@ -18,6 +18,7 @@ from typing import Any
 from alignment.errors import UserError
 from alignment.records import JsonlWriter, read_jsonl, write_jsonl
 from alignment.runs import check_same_run
+from alignment.scoring.scores import asked_of
 
 MEMBER_KEYS = "iteration member rewards costs errors tokens unfinished cut truncated distinct".split()
 
@@ -38,7 +39,7 @@ class Journal:
         start, self.steps = read_journal(path)
         begun = {"base_weights": start["base_weights"], **start["settings"]}
         now = dict.fromkeys(begun) | {"base_weights": base_weights, **settings}
-        check_same_run(begun, now, path, "--experiment_dir")
+        check_same_run(begun, asked_of(begun, now), path, "--experiment_dir")
         for number, step in enumerate(self.steps, start=2):
             _check_state(f"{path}:{number}", step)
 

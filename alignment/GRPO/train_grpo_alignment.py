@@ -89,6 +89,7 @@ def main() -> int:
     from alignment.progress import watched
     from alignment.runs import StopSignal, write_run_files
     from alignment.scoring.client import SAY_EVERY, ScorerClient
+    from alignment.scoring.scores import asked_of
     from alignment.scoring.scores import deciding as deciding_part
 
     told = 0.0
@@ -134,7 +135,7 @@ def main() -> int:
             "scorer": deciding_part(scorer.identity()),
         }
         if begun:
-            check_same_run(begun_with, deciding, folder, "--output_dir")
+            check_same_run(begun_with, asked_of(begun_with, deciding), folder, "--output_dir")
         multiplier = LagrangeMultiplier.from_settings(settings)
         trainer = ConstrainedGRPOTrainer(
             args,

@@ -27,8 +27,7 @@ from alignment.evaluation.measures import estimate_means, paired_differences, pr
 from alignment.evaluation.points import DEFAULT_FOLDER, model_file, model_name_of, read_points, read_summary
 from alignment.objective import QUADRANTS
 from alignment.records import atomic_open, check_writable_file, write_json
-from alignment.scoring.client import difference
-from alignment.scoring.scores import deciding
+from alignment.scoring.scores import deciding, difference, same_scorer
 
 
 @dataclass
@@ -172,7 +171,7 @@ def require_same_scorer(paths: Sequence[Path]) -> None:
             known.append((path, scorer))
     for path, scorer in known[1:]:
         first_path, first = known[0]
-        if scorer != first:
+        if not same_scorer(first, scorer):
             raise UserError(
                 f"{first_path} and {path} were scored differently: {difference(first, scorer)}. Score one again as the other "
                 "to compare them (classify_reward_cost_unified.py --responses_from)"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from alignment.errors import UserError
 from alignment.evaluation.measures import measure
 from alignment.evaluation.points import prompt_ids
@@ -26,6 +28,7 @@ def score_answers(prompts: Sequence[str], answers: Sequence[Generation], scorer:
     """Rows of a points file (points.py) but for their ids, in the order of the prompts."""
     scores = scorer.score(list(prompts), [one.response for one in answers], [one.finished for one in answers])
     labels = quadrant_labels(scores.rewards, scores.costs)
+    scored = np.isfinite(scores.rewards) & np.isfinite(scores.costs)
     points = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         row = {
@@ -33,7 +36,7 @@ def score_answers(prompts: Sequence[str], answers: Sequence[Generation], scorer:
             "response": answer.response,
             "reward": finite_or_none(scores.rewards[i]),
             "cost": finite_or_none(scores.costs[i]),
-            "label": str(labels[i]),
+            "label": str(labels[i]) if scored[i] else None,
             "finished": answer.finished,
             "cut": answer.cut,
             "num_tokens": answer.num_tokens,

@@ -7,9 +7,10 @@
 A call is cut into chunks, several of which are under way at a time; with several addresses each chunk goes to the one that
 has the least to do, and one of them may go away. Connection errors, timeouts and the answers 429, 502, 503, 504 are tried
 again with growing, jittered pauses until `max_wait` seconds have gone by without an answer; then ScorerUnavailable is raised
-and the trainer saves its state. Any other 4xx is a mistake in the request and is raised at once. Every answer is checked:
-number of scores, finite or null with a reason, and the scorer's identity, which must stay what it was at first contact, at
-every address and after every restart. With "auto", a scorer that comes back elsewhere (a requeued job) is found again.
+and the trainer saves its state. A 500, a round that failed, is tried again a few times. Any other 4xx is a mistake in the
+request and is raised at once. Every answer is checked: number of scores, finite or null with a reason, and the scorer's
+identity, which must stay what it was at first contact, at every address and after every restart. With "auto", a scorer that
+comes back elsewhere (a requeued job) is found again.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ import numpy as np
 
 from alignment.errors import PassingError, UserError
 from alignment.progress import watched
-from alignment.scoring.connection import FIRST_PAUSE, IDENTITY_HEADER, LONGEST_PAUSE, Endpoint, Retry
-from alignment.scoring.discovery import ScorerNotFound, find_from_environment, read_secret
-from alignment.scoring.scores import Scores, deciding
+from alignment.scoring.connection import IDENTITY_HEADER, Endpoint, Retry
+from alignment.scoring.discovery import Address, ScorerNotFound, find_from_environment, read_secret
+from alignment.scoring.scores import Scores, asked_of, deciding, difference
 
 HEALTH_TIMEOUT = 10.0  # seconds: /health answers at once, also while the service scores
 SAY_AFTER, SAY_EVERY = 5.0, 60.0  # seconds until the first and between lines about waiting, where nobody else shows it
+# Chunks that a scorer fails on are asked again so often, after pauses that begin so long (seconds) and double: a minute in all.
+RETRIES_OF_FAILED, PAUSE_AFTER_FAILED = 6, 1.0
 LOOK_EVERY = 2.0  # seconds, with "auto" while no scorer is found
 AUTO = "auto"
 
@@ -81,7 +84,7 @@ class ScorerClient:
         self.batch_size, self.timeout, self.max_wait, self.on_wait = batch_size, timeout, max_wait, on_wait
         self.concurrency, self.deadline = concurrency, deadline
         self._token = token
-        self._token_file: str | None = None
+        self._address: Address | None = None  # with "auto", what was found last
         self._auto = urls == [AUTO]
         self._endpoints = [] if self._auto else [Endpoint(one, self._configured_token) for one in dict.fromkeys(urls)]
         if not self._auto and not urls:
@@ -109,7 +112,7 @@ class ScorerClient:
         return self._identity
 
     def identity(self) -> dict:
-        """What decides a score, as the service said at first contact: models, weights, dtype, template, settings."""
+        """What decides a score, as the service said at first contact: scores.py."""
         return self._identity if self._identity is not None else self.wait_until_ready()
 
     def score(self, prompts: list[str], responses: list[str], finished: list[bool] | None = None) -> Scores:
@@ -200,17 +203,18 @@ class ScorerClient:
         if not isinstance(identity, dict):
             raise UserError(f"{endpoint.url}/health names no identity: is that a scorer of this project?")
         with self._lock:
-            if self._identity is not None and deciding(self._identity) != deciding(identity):
-                changes = difference(deciding(self._identity), deciding(identity))
+            known = deciding(self._identity or identity)
+            if known != (now := asked_of(known, identity)):
                 raise UserError(
-                    f"scorer {endpoint.url}: {changes}; the run began with the former: start that one again, or begin another run"
+                    f"scorer {endpoint.url}: {difference(known, now)}; the run began with the former: start that one again,"
+                    " or begin another run"
                 )
             self._identity = identity
             endpoint.identity_hash, endpoint.verified = headers.get(IDENTITY_HEADER), True
 
     def _persist(self, attempt: Callable[[Endpoint, float], Answer], work: int, call: _Call, max_wait: float) -> Answer:
         """Tries until an answer comes, `max_wait` goes by without any, or the call ends."""
-        began, problem = time.monotonic(), "none"
+        began, problem, failures = time.monotonic(), "none", 0
         while True:
             if call.left() <= 0:
                 raise ScorerUnavailable(f"scorer {self.url}: not done after {self.deadline:g} s; last error: {problem}")
@@ -222,7 +226,14 @@ class ScorerClient:
             except Retry as error:
                 problem = str(error)
                 with self._lock:
-                    rest = min(endpoint.rests_until for endpoint in self._endpoints) - time.monotonic()
+                    rest = min(one.rests_until for one in self._there()) - time.monotonic()
+                failures += error.failed
+                if failures > RETRIES_OF_FAILED:
+                    raise UserError(
+                        f"scorer {endpoint.url} has failed {failures} times, the last one {problem}"
+                    ) from error
+                if error.failed and failures >= len(self._endpoints):  # no other may do better
+                    rest = PAUSE_AFTER_FAILED * 2 ** (failures - len(self._endpoints)) * random.uniform(0.75, 1.25)
             except ScorerNotFound as error:
                 problem, rest = str(error), LOOK_EVERY * random.uniform(0.5, 1.5)
             self._problem = problem
@@ -240,29 +251,30 @@ class ScorerClient:
             self._find()
         with self._lock:
             now = time.monotonic()
-            awake = [endpoint for endpoint in self._endpoints if endpoint.rests_until <= now]
-            if awake:
-                endpoint = min(awake, key=lambda one: one.outstanding)
-            else:
-                endpoint = min(self._endpoints, key=lambda one: one.rests_until)
+            there = self._there()
+            # Of those awake the one with the least to do, else the one that wakes first.
+            endpoint = min(there, key=lambda one: (max(0.0, one.rests_until - now), one.outstanding))
             endpoint.outstanding += work
+            if any(one is not endpoint and not one.lost for one in there):
+                endpoint.try_alone()
         try:
             yield endpoint
-            self._answered = time.monotonic()
-            endpoint.pause = FIRST_PAUSE
+            with self._lock:
+                self._answered = time.monotonic()
+                endpoint.has_answered()
         except Retry as error:
             with self._lock:
-                endpoint.verified = endpoint.verified and not error.lost
-                endpoint.lost = endpoint.lost or error.lost
-                now = time.monotonic()
-                if endpoint.rests_until <= now:  # several chunks that fail together count once
-                    # Jitter keeps several ranks from coming back in step.
-                    endpoint.rests_until = now + max(error.pause, endpoint.pause * random.uniform(0.5, 1.5))
-                    endpoint.pause = min(2 * endpoint.pause, LONGEST_PAUSE)
+                endpoint.has_failed(error)
             raise
         finally:
             with self._lock:
                 endpoint.outstanding -= work
+
+    def _there(self) -> list[Endpoint]:
+        """The addresses to choose from: not those that ran into a timeout, while another answers."""
+        now = time.monotonic()
+        there = [endpoint for endpoint in self._endpoints if endpoint.avoided_until <= now]
+        return there if any(not endpoint.lost for endpoint in there) else self._endpoints
 
     def _find(self) -> None:
         """With "auto": looks for the scorer when none is known or the known one is lost."""
@@ -272,22 +284,21 @@ class ScorerClient:
             if time.monotonic() < self._looks_again:
                 raise ScorerNotFound(self._problem)
             try:
-                address = find_from_environment(self._identity)
+                address = find_from_environment(self._identity, self._address)
                 if address.token_file is not None and not Path(address.token_file).exists():
                     raise ScorerNotFound(f"{address.where()}: its token file {address.token_file} is not there")
             except ScorerNotFound as error:
                 self._problem, self._looks_again = str(error), time.monotonic() + LOOK_EVERY / 2
                 raise
-            known = self._endpoints[0] if self._endpoints else None
-            if known is None or (known.url, self._token_file) != (address.url, address.token_file):
-                self._token_file = address.token_file
+            known, self._address = self._address, address
+            if known is None or (known.url, known.token_file) != (address.url, address.token_file):
                 self._endpoints = [Endpoint(address.url, self._configured_token)]
                 self.url = address.url
             self._endpoints[0].lost = False
 
     def _configured_token(self) -> str | None:
         """The token to send now: files are read again after a refusal, because a restarted scorer may have another."""
-        token, path = self._token, self._token_file
+        token, path = self._token, self._address.token_file if self._address is not None else None
         if token is None and path is None:
             token, path = os.environ.get("SCORER_AUTH"), os.environ.get("SCORER_TOKEN_FILE")
         if not token and path:
@@ -352,16 +363,3 @@ def checked(url: str, answer: object, count: int) -> Scores:
         columns["errors"],
         [bool(one) for one in columns["truncated"]],
     )
-
-
-def difference(known: dict, now: dict, path: str = "") -> str:
-    """What changed between two identities: "cost_model.weights was a, is b"."""
-    changes = []
-    for key in sorted(known.keys() | now.keys()):
-        old, new = known.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            if old != new:
-                changes.append(difference(old, new, f"{path}{key}."))
-        elif old != new:
-            changes.append(f"{path}{key} was {old!r}, is {new!r}")
-    return ", ".join(changes)

@@ -3,13 +3,16 @@
     endpoint = Endpoint("http://127.0.0.1:8000", token=lambda: None)
     answer, headers = endpoint.ask("POST", "/score_batch", body, timeout=300.0)  # raises Retry, UserError
 
-What may pass is a `Retry`: connection errors, timeouts, answers cut short, and 429, 502, 503, 504. All else is the
-request's fault and a UserError. A 401 is asked again once if the token has changed meanwhile (a scorer that was restarted).
+What may pass is a `Retry`: connection errors, timeouts, answers cut short, 429, 502, 503, 504, and 500, with which a scorer
+answers for a round that failed (a GPU without memory while somebody shares it) and lives on. All else is the request's fault
+and a UserError. A 401 is asked again once if the token has changed meanwhile (a scorer that was restarted).
 """
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
@@ -17,10 +20,12 @@ import requests
 
 from alignment.errors import UserError
 
-RETRY_STATUS = {429, 502, 503, 504}
+RETRY_STATUS = {429, 500, 502, 503, 504}
+FAILED_STATUS = 500
 GATEWAY_STATUS = {502, 504}  # somebody in between speaks: the scorer itself may be gone
 LONGEST_RETRY_AFTER = 30.0  # seconds
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0  # seconds; doubled after every failure
+LONGEST_AVOIDED = 3600.0  # seconds after a timeout; doubled with every further one
 CONNECT_TIMEOUT = 10.0  # seconds
 ENDPOINTS = ("/score", "/score_batch", "/score_texts", "/health", "/info", "/metrics", "/docs")
 SSL_MISTAKES = ("CERTIFICATE", "WRONG_VERSION", "hostname")  # these do not pass; a proxy that is restarted does
@@ -28,11 +33,16 @@ IDENTITY_HEADER = "X-Scorer-Identity"  # a hash of the service's identity, in ev
 
 
 class Retry(Exception):
-    """What may pass. `pause` is how long the scorer asks to wait; `lost` says that it may no longer be there."""
+    """What may pass. `pause` is how long the scorer asks to wait; `lost` says that it may no longer be there.
 
-    def __init__(self, problem: str, pause: float = 0.0, lost: bool = False) -> None:
+    `failed`: it was at work and failed, which passes or is the texts' fault. `hung`: the seconds of a timeout.
+    """
+
+    def __init__(
+        self, problem: str, pause: float = 0.0, lost: bool = False, failed: bool = False, hung: float = 0.0
+    ) -> None:
         super().__init__(problem)
-        self.pause, self.lost = pause, lost
+        self.pause, self.lost, self.failed, self.hung = pause, lost, failed, hung
 
 
 class Endpoint:
@@ -53,12 +63,41 @@ class Endpoint:
         self.outstanding = 0  # texts asked for and not answered
         self.rests_until = 0.0  # after a failure, on the monotonic clock
         self.pause = FIRST_PAUSE  # after the next failure, in seconds
+        self.avoided_until = 0.0  # after a timeout, on the monotonic clock: while another address answers
+        self.avoided = 0.0  # for how many seconds that was; 0 once it has answered
         self.verified = False  # its identity is known and fits
         self.lost = False  # it gave no answer: it may be gone for good
         self.identity_hash: str | None = None
         self._read_token, self._token = token, token()
         self._idle: list[requests.Session] = []
         self._lock = threading.Lock()
+
+    def try_alone(self) -> None:
+        """After a timeout one request tries it: the others avoid it for twice as long as before, or until it answers."""
+        if self.avoided:
+            self._avoid(max(self.avoided, min(2 * self.avoided, LONGEST_AVOIDED)))
+
+    def has_answered(self) -> None:
+        self.pause, self.lost = FIRST_PAUSE, False
+        self.avoided = self.avoided_until = 0.0
+
+    def has_failed(self, error: Retry) -> None:
+        """Rests, and is avoided after a timeout. Several requests that fail together count once."""
+        now = time.monotonic()
+        self.verified = self.verified and not error.lost
+        self.lost = self.lost or error.lost
+        if self.rests_until <= now:
+            # Jitter keeps several ranks from coming back in step.
+            self.rests_until = now + max(error.pause, self.pause * random.uniform(0.5, 1.5))
+            self.pause = min(2 * self.pause, LONGEST_PAUSE)
+        if error.hung:
+            self._avoid(max(error.hung, self.avoided))
+        else:
+            self.avoided_until = 0.0  # it says at once that it cannot: asking costs nothing
+
+    def _avoid(self, seconds: float) -> None:
+        self.avoided = seconds
+        self.avoided_until = time.monotonic() + self.avoided
 
     def ask(self, method: str, path: str, body: dict | None, timeout: float) -> tuple[object, Mapping[str, str]]:
         """One request: decoded JSON and headers. `timeout` in seconds, for the connection and between bytes."""
@@ -73,7 +112,12 @@ class Endpoint:
         if not reply.ok:
             problem = f"{reply.status_code}: {detail(reply)}"
             if reply.status_code in RETRY_STATUS:
-                raise Retry(problem, retry_after(reply), reply.status_code in GATEWAY_STATUS)
+                raise Retry(
+                    problem,
+                    retry_after(reply),
+                    lost=reply.status_code in GATEWAY_STATUS,
+                    failed=reply.status_code == FAILED_STATUS,
+                )
             raise UserError(f"scorer {self.url}{path} refused the request, {problem}")
         try:
             return reply.json(), reply.headers
@@ -105,7 +149,8 @@ class Endpoint:
             session.close()
             with self._lock:
                 self._idle.clear()  # connections to a service that is gone
-            raise Retry(f"{type(error).__name__}: {root_cause(error)}", lost=True) from error
+            hung = timeout if isinstance(error, requests.Timeout) else 0.0
+            raise Retry(f"{type(error).__name__}: {root_cause(error)}", lost=True, hung=hung) from error
         with self._lock:
             self._idle.append(session)
         return reply

@@ -10,7 +10,7 @@ A file appears before the models load (an unwritable place is found at once), ge
 and goes when the scorer stops. A scorer that was killed leaves its file behind: such a file is stale, which shows because
 nobody answers under its address with the random `instance` that the file names, and SLURM says what became of the job. A
 trainer takes the scorers of its EXPERIMENT_ID if it has one, of SCORER_JOB_ID if that is set, and with the identity that its
-run began with; what is left must be one.
+run began with; what is left must be one. A trainer that has its scorer keeps to it when several are left.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Address:
 
 @dataclass(frozen=True)
 class State:
-    """What /health says: "ready", "loading" or "silent"; the identity where known, the reason where silent."""
+    """What /health says: "ready", "loading", "stuck" or "silent"; the identity where known, the reason of the last two."""
 
     name: str
     identity: dict | None = None
@@ -161,11 +161,13 @@ def find_scorer(
     experiment_id: str | None = None,
     job_id: str | None = None,
     expected_identity: dict | None = None,
+    known: Address | None = None,
 ) -> Address:
     """The one scorer that fits what is given, with the identity that it has now (None while it loads).
 
-    `expected_identity` may be a part of an identity; with it, a scorer that still loads does not fit yet. Raises
-    ScorerNotFound when none fits, UserError when several do.
+    `expected_identity` may be a part of an identity; with it, a scorer that still loads does not fit yet. `known` is the
+    scorer that the caller had: of several it is taken, else the one at its address, else the one of its job. Raises
+    ScorerNotFound when none fits, UserError when several do (with `known` ScorerNotFound too: it may come back).
     """
     folder = scorer_folder(logs_dir)
     addresses = [
@@ -177,17 +179,19 @@ def find_scorer(
         states = list(pool.map(ask_state, addresses))
     found, others = [], []
     for address, state in zip(addresses, states, strict=True):
-        if state.name == "silent":
+        if state.reason:
             others.append(f"{address.where()}: {state.reason}{stale_hint(address)}")
         elif expected_identity is None or contains(state.identity, deciding(expected_identity)):
             found.append(replace(address, identity=state.identity))
         else:
             others.append(f"{address.where()}: {'still loading' if state.identity is None else 'another identity'}")
+    if known is not None:
+        found = closest(known, found)
     if len(found) == 1:
         return found[0]
     if found:
         listed = "; ".join(address.where() for address in found)
-        raise UserError(
+        raise (UserError if known is None else ScorerNotFound)(
             f"{len(found)} scorers fit in {folder}: {listed}. Set EXPERIMENT_ID or SCORER_JOB_ID, or name the address"
             " with --scorer_url (several, separated by commas, share the work)"
         )
@@ -198,7 +202,16 @@ def find_scorer(
     )
 
 
-def find_from_environment(expected_identity: dict | None = None) -> Address:
+def closest(known: Address, found: list[Address]) -> list[Address]:
+    """Of the scorers found the known one, else those at its address, else those of its job, else all."""
+    for name in ("instance", "url", "job_id"):
+        mine = getattr(known, name)
+        if mine is not None and (same := [one for one in found if getattr(one, name) == mine]):
+            return same
+    return found
+
+
+def find_from_environment(expected_identity: dict | None = None, known: Address | None = None) -> Address:
     """`find_scorer` with LOGS_DIR, EXPERIMENT_ID and SCORER_JOB_ID: what `--scorer_url auto` means."""
     env = os.environ
     return find_scorer(
@@ -206,6 +219,7 @@ def find_from_environment(expected_identity: dict | None = None) -> Address:
         env.get("EXPERIMENT_ID") or None,
         env.get("SCORER_JOB_ID") or None,
         expected_identity,
+        known,
     )
 
 
@@ -245,6 +259,8 @@ def ask_state(address: Address) -> State:
         health = reply.json()
         if health.get("instance") != address.instance:
             return State("silent", reason="another service answers there")
+        if health.get("status") == "stuck":
+            return State("stuck", health.get("identity"), str(health.get("detail") or "it is stuck"))
     except (requests.RequestException, ValueError, AttributeError) as error:
         return State("silent", reason=f"no answer ({type(error).__name__})")
     return State("ready" if reply.ok else "loading", health.get("identity"))

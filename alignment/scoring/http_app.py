@@ -78,7 +78,7 @@ class ScoresReply(BaseModel):
 
 
 class HealthReply(BaseModel):
-    """`status` is "healthy", or with code 503 "loading"."""
+    """`status` is "healthy", or with code 503 "loading" or "stuck"."""
 
     status: str
     instance: str
@@ -201,12 +201,10 @@ def build_app(
     @app.get("/health", response_model=HealthReply, responses={503: {"model": HealthReply}})
     async def health() -> JSONResponse:
         """Whether it scores, and what decides a score. Needs no token."""
+        later = {"Retry-After": "5"}
         if worker.scorer is None:
-            return JSONResponse(
-                {"status": "loading", "instance": instance, "detail": "the models are loading"},
-                503,
-                {"Retry-After": "5"},
-            )
+            loading = {"status": "loading", "instance": instance, "detail": "the models are loading"}
+            return JSONResponse(loading, 503, later)
         content = {
             "status": "healthy",
             "device": str(worker.scorer.device),
@@ -215,6 +213,10 @@ def build_app(
             "warnings": worker.warnings,
             "texts_scored": monitor.texts_answered,
         }
+        seconds, limit = monitor.seconds_in_round(), limits.stuck_seconds
+        if seconds > limit:
+            told = f"the models have been at one round for {seconds:.0f} s, more than SCORER_STUCK_SECONDS ({limit})"
+            return JSONResponse(content | {"status": "stuck", "detail": told}, 503, later)
         return JSONResponse(content, headers={IDENTITY_HEADER: identity_hash(worker.scorer)})
 
     @app.get("/info", responses={401: {"model": Refusal}})

@@ -19,11 +19,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from alignment.conversation import Encoded, Template, get_template, load_tokenizer
 from alignment.device import find_device
 from alignment.errors import UserError
-from alignment.model_folder import check_ids, read_config, resolve_folder, weights_hash
+from alignment.model_folder import check_ids, config_hash, read_config, resolve_folder, tokenizer_hash, weights_hash
 from alignment.scoring.batching import BatchScorer
 from alignment.scoring.calibration import Calibration, read_calibration
 from alignment.scoring.packed import STEP, TOKENS, PackedForward, can_pack, check_fp8
-from alignment.scoring.score_model import load_score_model
+from alignment.scoring.score_model import load_score_model, score_backend
 from alignment.scoring.scores import Scores
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -117,6 +117,7 @@ class LocalScorer:
         if self.dtype not in DTYPES:
             raise UserError(f"dtype is {dtype!r}, expected auto, {', '.join(DTYPES)}")
         self.max_length, self.reference = max_length, reference
+        self._uses_chat_template = template == "chat"
         self.deterministic = on_cpu if deterministic is None else deterministic
         if packed is None:
             packed = self.device.type == "cuda" and self.dtype != "float32" and not self.deterministic
@@ -145,6 +146,7 @@ class LocalScorer:
             "template": self._templates[0].name,
             "deterministic": self.deterministic,
             "reference": reference,
+            "backend": score_backend(),
         }
         if fp8:
             self._identity |= {"fp8": True, "fp8_error": asdict(self._to_fp8(texts))}
@@ -158,7 +160,7 @@ class LocalScorer:
         self.round_tokens = QUEUED_TOKENS if runs_ahead else None
 
     def identity(self) -> dict:
-        """What decides a score: models, weights, dtype, template, settings."""
+        """What decides a score: models, weights, tokenizers, configs, dtype, template, settings."""
         return self._identity
 
     def is_small_on_cpu(self) -> bool:
@@ -258,6 +260,8 @@ class LocalScorer:
             {
                 "name": Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else str(name),
                 "weights": weights_hash(folder),
+                "tokenizer": tokenizer_hash(folder, chat_template=self._uses_chat_template),
+                "config": config_hash(folder),
                 "score_type": model.score_type,
                 "normalize": model.do_normalize,
             },

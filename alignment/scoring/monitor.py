@@ -60,6 +60,7 @@ class Monitor:
         self._seconds: list[float] = []
         self._told = (time.monotonic(), 0)
         self._idle = False
+        self._rounds, self._round_news = 0, 0.0  # in progress; when one last began after none, or ended (monotonic)
 
     def watch(self, queue: WorkQueue) -> None:
         """Shows a WorkQueue's length in the metrics."""
@@ -73,6 +74,22 @@ class Monitor:
         with self._lock:
             self.texts_answered += texts
         self.texts.labels("answered").inc(texts)
+
+    def round_begins(self) -> None:
+        with self._lock:
+            if not self._rounds:
+                self._round_news = time.monotonic()
+            self._rounds += 1
+
+    def round_ends(self) -> None:
+        with self._lock:
+            self._rounds -= 1
+            self._round_news = time.monotonic()
+
+    def seconds_in_round(self) -> float:
+        """How long the models have been at work on the oldest round in progress, 0 without one."""
+        with self._lock:
+            return time.monotonic() - self._round_news if self._rounds else 0.0
 
     def departed(self, texts: int) -> None:
         with self._lock:

@@ -30,6 +30,7 @@ from alignment.pretrained import CONFIG_ERRORS, load_whole
 from alignment.scoring.checkpoint import copy_tensors
 
 EPSILON = 1e-8  # beside the standard deviation, as in Safe-RLHF's normalizers
+BACKENDS = ("transformers", "safe_rlhf")
 SCORE_TYPES = ("reward", "cost", "critic")
 SAFE_RLHF_HELP = (
     "clone https://github.com/PKU-Alignment/safe-rlhf to alignment/safe-rlhf and put that folder on PYTHONPATH; its score"
@@ -199,16 +200,21 @@ def load_score_model(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> ScoreModel | SequenceClassifier | SafeRlhfScore:
     """The score model in `folder` (or of that name on the hub), of the class that its config and SCORE_BACKEND ask for."""
-    backend = os.environ.get("SCORE_BACKEND", "")
-    if backend not in ("", "transformers", "safe_rlhf"):
-        raise UserError(f"SCORE_BACKEND is {backend!r}, expected transformers (the default) or safe_rlhf")
-    if backend == "safe_rlhf":
+    if score_backend() == "safe_rlhf":
         return SafeRlhfScore.from_pretrained(folder, dtype, device)
     folder = resolve_folder(folder)
     architecture = (read_config(folder).architectures or [""])[0]
     if architecture.endswith("ForSequenceClassification"):
         return SequenceClassifier.from_pretrained(folder, dtype, device)
     return ScoreModel.from_pretrained(folder, dtype, device)
+
+
+def score_backend() -> str:
+    """Whose classes score: SCORE_BACKEND. Raises UserError for one that there is not."""
+    backend = os.environ.get("SCORE_BACKEND") or BACKENDS[0]
+    if backend not in BACKENDS:
+        raise UserError(f"SCORE_BACKEND is {backend!r}, expected transformers (the default) or safe_rlhf")
+    return backend
 
 
 def at_end(hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,46 @@ import numpy as np
 
 # What an identity says of measurements: they differ a little from card to card and decide nothing.
 MEASURED = ("fp8_error",)
+# What identities lack, at any depth, that were written before these decided: the hashes of a model's tokenizer and config.json,
+# and SCORE_BACKEND. A run that began with such an identity is asked for the rest.
+ADDED = ("tokenizer", "config", "backend")
 
 
 def deciding(identity: dict) -> dict:
     """What decides a score, of an identity: all but MEASURED. Two scorers are the same when these are equal."""
     return {key: value for key, value in identity.items() if key not in MEASURED}
+
+
+def asked_of(known: dict, now: dict) -> dict:
+    """What decides a score, of an identity `now` that must be equal to `known`: without what is ADDED and not in `known`.
+
+    Also for the settings of a run with the identity in them.
+    """
+    return _asked_of(known, deciding(now))
+
+
+def _asked_of(known: Any, now: Any) -> Any:
+    if not isinstance(known, dict) or not isinstance(now, dict):
+        return now
+    return {key: _asked_of(known.get(key), value) for key, value in now.items() if key in known or key not in ADDED}
+
+
+def same_scorer(one: dict, other: dict) -> bool:
+    """Whether two identities, each of which may be an old one without what is ADDED, name the same scorer."""
+    return asked_of(one, other) == asked_of(other, one)
+
+
+def difference(known: dict, now: dict, path: str = "") -> str:
+    """What changed between two identities: "cost_model.weights was a, is b"."""
+    changes = []
+    for key in sorted(known.keys() | now.keys()):
+        old, new = known.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            if old != new:
+                changes.append(difference(old, new, f"{path}{key}."))
+        elif old != new:
+            changes.append(f"{path}{key} was {old!r}, is {new!r}")
+    return ", ".join(changes)
 
 
 @dataclass(frozen=True)
@@ -52,7 +87,7 @@ class Scorer(Protocol):
     """ScorerClient and LocalScorer."""
 
     def identity(self) -> dict:
-        """What decides a score: models, weights, dtype, template, settings; and MEASURED."""
+        """What decides a score: models, weights, tokenizers, configs, dtype, template, settings; and MEASURED."""
 
     def score(self, prompts: list[str], responses: list[str], finished: list[bool] | None = None) -> Scores:
         """Scores of N responses, in order. `finished` says which end with EOS; all do by default."""

@@ -31,6 +31,7 @@ class Limits:
     max_queued_tokens: int = 8_000_000  # of all texts that wait for their scores
     max_requests: int = 512  # under way, from their first byte to their answer
     stop_seconds: int = 25  # that SIGTERM leaves for what is queued; SLURM kills after 30
+    stuck_seconds: int = 600  # that a round may take, before /health calls the scorer stuck
 
 
 @dataclass(frozen=True)

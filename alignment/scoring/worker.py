@@ -292,6 +292,7 @@ class Worker(threading.Thread):
     def _begin(self, turns: list[Turn]) -> Round | None:
         """Has a round's texts scored, each different one that is neither known nor under way once. None when that fails."""
         assert self.scorer is not None
+        self.monitor.round_begins()
         turns = [(job, part) for job, part in turns if not job.scores.done()]
         texts = [one for _, part in turns for one in part]
         one = Round(turns, [text_key(text) for text in texts], {}, {}, None, time.monotonic())
@@ -325,6 +326,7 @@ class Worker(threading.Thread):
                 if self._under_way is one:
                     self._under_way = None
             one.before = one.pending = None
+        self.monitor.round_ends()
         now = time.monotonic()
         seconds = now - max(one.began, self._finished_at)  # not those in which the round before was computed
         self._finished_at = now
@@ -370,6 +372,7 @@ class Worker(threading.Thread):
     def _fail(self, one: Round, error: Exception) -> None:
         """One failed round does not end the service; its requests get a 500. Raises DeviceBroken when nothing goes any more."""
         log.error("scoring failed", exc_info=error)
+        self.monitor.round_ends()
         assert self.scorer is not None
         if self.scorer.device_is_broken():
             raise DeviceBroken(f"the GPU is broken for this process: {error}") from error

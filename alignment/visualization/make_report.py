@@ -26,7 +26,7 @@ from alignment.evaluation.compare_models import comparison_table, scorer_of
 from alignment.evaluation.measures import MEASURES
 from alignment.evaluation.points import DEFAULT_FOLDER, model_file, models_in, prompt_ids
 from alignment.records import atomic_open, check_writable_file
-from alignment.scoring.client import difference
+from alignment.scoring.scores import difference, same_scorer
 from alignment.visualization.inputs import has_scores
 from alignment.visualization.report import answers, judge
 from alignment.visualization.report.answers import ModelAnswers
@@ -144,7 +144,7 @@ def load_all(config: Config, notes: list[str]) -> list[ModelAnswers]:
     scorers = [(model.name, scorer_of(model_file(config.data_dir, model.name, "points.jsonl"))) for model in models]
     known = [(name, scorer) for name, scorer in scorers if scorer is not None]
     for name, scorer in known[1:]:
-        if scorer != known[0][1]:
+        if not same_scorer(known[0][1], scorer):
             notes.append(
                 f"{known[0][0]} and {name} were scored differently and do not compare: {difference(known[0][1], scorer)}."
             )

@@ -14,16 +14,19 @@ from alignment.records import finite_or_none
 
 
 def position_bias(verdicts: Sequence[Verdict]) -> dict | None:
-    """Whether the answer that is shown first wins for that alone; None without verdicts.
+    """Whether the answer that is shown first wins for that alone; None without verdicts that a judge was asked for.
 
     first_wins: percent of the comparisons that the first answer wins, ties half, 50 for a judge without bias (with one order a
     pair, only if the order was drawn at random). score_difference: first minus second, in points of the 1-10 scale.
     both_orders: pairs judged both ways; `same` names the same winner (or a tie) twice, `first` and `second` follow the
-    position, `one_tie` is a tie one way only.
+    position, `one_tie` is a tie one way only. not_asked: ties of equal answers, which say nothing of the judge and are left out.
     """
-    if not verdicts:
+    not_asked = sum(not one.asked for one in verdicts)
+    if not_asked == len(verdicts):
         return None
-    verdicts = sorted(verdicts, key=lambda one: one.prompt)  # so that the bootstrap does not depend on the order
+    verdicts = sorted(
+        (one for one in verdicts if one.asked), key=lambda one: one.prompt
+    )  # so that the bootstrap does not depend on the order
     groups: dict[str, int] = {}
     rows = np.array([groups.setdefault(verdict.prompt, len(groups)) for verdict in verdicts], dtype=np.int64)
     values = [
@@ -50,6 +53,7 @@ def position_bias(verdicts: Sequence[Verdict]) -> dict | None:
         "first_wins": as_record(first_wins),
         "score_difference": as_record(difference),
         "both_orders": counts if counts["pairs"] else None,
+        "not_asked": not_asked,
     }
 
 
@@ -98,7 +102,8 @@ def print_ratings(details: dict) -> None:
             first = bias["first_wins"]
             print(f"  shown first wins {first['value']:.1f} % [{first['low']:.1f}, {first['high']:.1f}]", end="")
             both = bias["both_orders"]
-            print(f"; same verdict in both orders {100 * both['same'] / both['pairs']:.1f} %" if both else "")
+            print(f"; same verdict in both orders {100 * both['same'] / both['pairs']:.1f} %" if both else "", end="")
+            print(f"; {bias['not_asked']} ties of equal answers, not asked" if bias["not_asked"] else "")
         if agreement and agreement["share"]:
             share = agreement["share"]
             print(

@@ -134,7 +134,10 @@ def verdict_of(record: dict, tie_threshold: float, where: object) -> Verdict:
         raise UserError(f"{where}: the dimension {record['dimension']!r} is not one of {', '.join(DIMENSIONS)}")
     scores = (float(scores[0]), float(scores[1])) if scores else None
     result = result_of(scores, tie_threshold) if scores else TIE
-    return Verdict(record["dimension"], names[2], names[0], names[1], result, scores)
+    asked = (
+        scores is not None or "key" not in record
+    )  # published lines without scores are replies that were not understood
+    return Verdict(record["dimension"], names[2], names[0], names[1], result, scores, asked)
 
 
 def verdicts_of(records: Iterable[dict], tie_threshold: float, where: object) -> list[Verdict]:

@@ -32,6 +32,7 @@ class Verdict:
     second: str
     result: float
     scores: tuple[float, float] | None = None
+    asked: bool = True  # False for two equal answers, which are a tie without a judge
 
 
 def read_scores(reply: str, as_json: bool) -> tuple[float, float] | None:

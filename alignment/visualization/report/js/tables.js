@@ -100,7 +100,8 @@ function winMatrix(names, rates) {
 function bias(part) {
   const lines = [];
   const first = part.position_bias && part.position_bias.first_wins;
-  if (first) lines.push("The answer shown first wins " + number(first.value, 1) + " % " + interval(first.low, first.high, 1) + "; without bias 50 %.");
+  if (first) lines.push("The answer shown first wins " + number(first.value, 1) + " % " + interval(first.low, first.high, 1) + "; without bias 50 %." +
+    (part.position_bias.not_asked ? " " + part.position_bias.not_asked + " comparisons of equal answers were not asked about and are left out." : ""));
   const share = part.agreement_with_scorer && part.agreement_with_scorer.share;
   if (share) lines.push("Judge and scorer prefer the same answer in " + number(share.value, 1) + " % " + interval(share.low, share.high, 1) +
     " of the pairs where both prefer one.");
