@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from alignment.config import as_yaml, load_config
-from alignment.distributed import Processes, launch
+from alignment.distributed import Processes, has_launcher, launch
 from alignment.errors import EXIT_USER_ERROR, UserError, run_main
 from alignment.ES.journal import begun_with, check_settings
 from alignment.ES.settings import ESSettings
@@ -58,7 +58,7 @@ def main() -> int:
     if settings.engine == "vllm" and find_spec("vllm") is None:
         raise UserError("engine: vllm needs the environment of requirements-cluster.txt; this one has no vLLM")
 
-    if settings.num_engines and settings.num_engines > 1 and "WORLD_SIZE" not in os.environ:
+    if settings.num_engines and settings.num_engines > 1 and not has_launcher():
         return launch(settings.num_engines, sys.argv)
 
     # torch and the models only now, so that a mistake in the settings is told at once.
