@@ -39,6 +39,13 @@ EXIT_STOPPED = 128  # plus the signal's number, as shells do
 
 def main() -> int:
     settings = load_settings(description=__doc__)
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"srun has started {tasks} tasks, and each would be a run of its own in {settings.output_dir}: GRPO's processes "
+            f"are started by `accelerate launch --num_processes {tasks} ...` in one task, or by "
+            "sbatch alignment/GRPO/run_grpo_alignment.sh"
+        )
     processes = int(os.environ.get("WORLD_SIZE", 1))
     settings.accumulation(processes)
     train_rows = load_prompts(settings.train_jsonl, settings.prompt_key)
