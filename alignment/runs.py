@@ -2,6 +2,7 @@
 
     RUN/config.yaml      the resolved settings          RUN/manifest.json   command, versions, commit, weights
     RUN/metrics.jsonl    one row an event, the truth    RUN/tensorboard/    the same for dashboards (and W&B if configured)
+    RUN/.lock            held by the process that writes there
 
 Files and checkpoint folders appear under their final name only when they are whole and on disk.
 """
@@ -9,7 +10,9 @@ Files and checkpoint folders appear under their final name only when they are wh
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -25,8 +28,19 @@ from typing import Any
 from safetensors import SafetensorError
 
 from alignment.errors import UserError, first_line
-from alignment.records import JsonlWriter, atomic_open, check_room, fsync_folder, read_jsonl, write_json, write_jsonl
+from alignment.records import (
+    JsonlWriter,
+    atomic_open,
+    check_room,
+    fsync_folder,
+    read_jsonl,
+    to_json,
+    write_json,
+    write_jsonl,
+)
 
+LOCK = ".lock"
+LOCK_WAIT = 30.0  # seconds that a start gives the one before it to end; after a requeue the two may overlap
 _PACKAGES = ("torch", "transformers", "numpy", "accelerate", "trl", "vllm", "safetensors", "tokenizers")
 
 
@@ -73,6 +87,116 @@ def _is_about_writing(error: Exception) -> bool:
     return isinstance(error, (OSError, SafetensorError)) or any(word in str(error) for word in words)
 
 
+class RunLock:
+    """RUN/.lock, held by the main process of a run from before it reads anything of the run until it ends.
+
+    The kernel gives the lock back when that process is gone, however it ended: nothing is left to be removed by hand.
+    Processes that it starts do not hold it for it: the descriptor is closed by exec, and in the children of a fork. The file
+    says who has it, and is empty after a good end. Use as a context manager; only the main process calls `take`.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._descriptor: int | None = None
+        self._owner: dict[str, Any] = {}  # of the process that has it, or had it
+        self._made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+
+    def take(self) -> None:
+        """Raises UserError when another process has it and keeps it for LOCK_WAIT seconds more."""
+        deadline = time.monotonic() + LOCK_WAIT
+        told = False
+        while not self._try():
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    f"another run is at work in {self.folder}: {self._who()}. Let it end, or stop it, and give the same "
+                    "command again; or give this run another folder"
+                )
+            if not told:
+                told = True
+                print(f"{self.folder} is in use by {self._who()}: waiting {LOCK_WAIT:.0f} s for it to end", flush=True)
+            time.sleep(0.25)
+
+    def _try(self) -> bool:
+        path = self.folder / LOCK
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
+        self._owner = _owner(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+                raise BlockingIOError  # it was removed meanwhile, with the folder of a run that came to nothing
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        except OSError as error:  # some mounts of Lustre and NFS
+            print(
+                f"warning: {self.folder}: its file system has no locks ({error.strerror}): two runs in one folder would "
+                "damage it unnoticed",
+                file=sys.stderr,
+            )
+        self._descriptor = descriptor
+        _held.append(self)
+        me = {"pid": os.getpid(), "host": platform.node(), "slurm_job_id": os.environ.get("SLURM_JOB_ID")}
+        with contextlib.suppress(OSError):  # a full disk; the lock holds all the same
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, to_json(me | {"since": _now()}).encode(), 0)
+        return True
+
+    def _who(self) -> str:
+        if not self._owner:
+            return "a process that has not said which"
+        job = self._owner.get("slurm_job_id")
+        return (
+            f"process {self._owner.get('pid')} on {self._owner.get('host')}{f', SLURM job {job}' if job else ''}, "
+            f"since {self._owner.get('since')}"
+        )
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor is None:
+            return
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._descriptor, 0)
+            if os.listdir(self.folder) == [LOCK]:  # a start that was refused leaves nothing behind
+                (self.folder / LOCK).unlink()
+                for path in self._made:
+                    path.rmdir()
+        _held.remove(self)
+        self._close()
+
+
+_held: list[RunLock] = []
+
+
+def _let_go_in_child() -> None:
+    """A child that outlives its parent must not hold the run. (Closing takes no lock away; the parent still has it.)"""
+    for lock in _held:
+        lock._close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+def _owner(descriptor: int) -> dict[str, Any]:
+    """What the process that holds, or held, a lock has written of itself; {} where it has not."""
+    try:
+        owner = json.loads(os.pread(descriptor, 4096, 0))
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
 class StopSignal:
     """Turns SIGINT, SIGTERM and SIGUSR1 into a flag that long work looks at, so that it can save and end.
 
@@ -111,12 +235,16 @@ def manifest(extra: dict[str, Any] | None = None) -> dict[str, Any]:
     return {
         "command": shlex.join([sys.executable, *sys.argv]),
         "folder": os.getcwd(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": _now(),
         "git_commit": _git_commit(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "versions": versions,
         **(extra or {}),
     }
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _git_commit() -> str | None:

@@ -27,6 +27,7 @@ from alignment.ES.journal import begun_with, check_settings
 from alignment.ES.settings import ESSettings
 from alignment.prompts import draw_rows, text_hash
 from alignment.records import check_writable_folder, load_prompts
+from alignment.runs import RunLock, StopSignal, write_run_files
 
 EXIT_STOPPED = 128  # plus the signal's number, as shells do
 
@@ -40,40 +41,64 @@ def main() -> int:
     held_out = draw_rows(load_prompts(settings.eval_jsonl, settings.prompt_key), settings.eval_samples)
     folder = Path(settings.experiment_dir)
     check_writable_folder(folder)
+    if settings.engine == "vllm" and find_spec("vllm") is None:
+        raise UserError("engine: vllm needs the environment of requirements-cluster.txt; this one has no vLLM")
+
+    if settings.num_engines and settings.num_engines > 1 and not has_launcher():
+        what_began(folder, settings, train)  # mistakes are told at once; the processes look again, with the lock
+        return launch(settings.num_engines, sys.argv)
+
+    processes = Processes.from_environment(timeout=settings.scorer_max_wait + 1800)
+    if settings.num_engines not in (None, processes.world_size):
+        raise UserError(f"num_engines is {settings.num_engines}, but {processes.world_size} processes were launched")
+    with RunLock(folder) as lock:
+
+        def take_and_look() -> tuple[bool, dict]:
+            lock.take()
+            return what_began(folder, settings, train)
+
+        try:
+            begun, known = processes.on_main(take_and_look)
+        except UserError:  # every process knows it; one says it
+            if processes.is_main:
+                raise
+            return EXIT_USER_ERROR
+        return train_policy(settings, train, held_out, processes, begun, known)
+
+
+def what_began(folder: Path, settings: ESSettings, train: list[dict]) -> tuple[bool, dict]:
+    """Whether a run was begun in `folder`, and the settings in its journal. Raises UserError when this is not that run."""
     begun = (folder / "journal.jsonl").exists()
     if begun and not settings.resume:
         raise UserError(f"{folder} holds a run already: give another --experiment_dir, or leave out --resume false")
-
-    train_prompts = [row[settings.prompt_key] for row in train]
-    held_out_prompts = [row[settings.prompt_key] for row in held_out]
     known = begun_with(folder / "journal.jsonl") or {}
     if not known and any((folder / "checkpoints").glob("iteration_*")):
         raise UserError(f"{folder} holds checkpoints but no journal of their run: give another --experiment_dir")
     if known:  # what a glance at the journal tells; the trainer compares the rest, base weights and device
         now = dict.fromkeys(known.keys() & vars(settings).keys()) | settings.deciding()
-        now |= {"train_prompts": text_hash(train_prompts)}
+        now |= {"train_prompts": text_hash([row[settings.prompt_key] for row in train])}
         now.pop("members_at_once", None)  # the journal has the number that came of it
         check_settings(folder / "journal.jsonl", known, now)
+    return begun, known
 
-    if settings.engine == "vllm" and find_spec("vllm") is None:
-        raise UserError("engine: vllm needs the environment of requirements-cluster.txt; this one has no vLLM")
 
-    if settings.num_engines and settings.num_engines > 1 and not has_launcher():
-        return launch(settings.num_engines, sys.argv)
+def train_policy(
+    settings: ESSettings, train: list[dict], held_out: list[dict], processes: Processes, begun: bool, known: dict
+) -> int:
+    """The run, as one of its processes; returns the exit code."""
+    folder = Path(settings.experiment_dir)
+    train_prompts = [row[settings.prompt_key] for row in train]
+    held_out_prompts = [row[settings.prompt_key] for row in held_out]
 
     # torch and the models only now, so that a mistake in the settings is told at once.
     from alignment.ES.policy_engine import open_engine
     from alignment.ES.trainer import ESTrainer
-    from alignment.runs import StopSignal, write_run_files
     from alignment.scoring.client import ScorerClient
 
-    processes = Processes.from_environment(timeout=settings.scorer_max_wait + 1800)
     if len(train) < settings.batch_size and processes.is_main:
         print(
             f"note: batch_size is {settings.batch_size}, but there are {len(train)} training prompts: a step uses them all"
         )
-    if settings.num_engines not in (None, processes.world_size):
-        raise UserError(f"num_engines is {settings.num_engines}, but {processes.world_size} processes were launched")
     scorer = ScorerClient(
         settings.scorer_url,
         batch_size=settings.scorer_batch_size,

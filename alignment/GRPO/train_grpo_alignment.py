@@ -19,6 +19,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from alignment.config import as_yaml
 from alignment.errors import UserError, run_main
@@ -30,9 +31,13 @@ from alignment.GRPO.checkpoints import (
     newest_checkpoint,
     step_of,
 )
-from alignment.GRPO.settings import load_settings
+from alignment.GRPO.settings import GRPOSettings, load_settings
 from alignment.prompts import draw_rows, text_hash
 from alignment.records import check_writable_folder, load_prompts, write_json
+from alignment.runs import RunLock, StopSignal, write_run_files
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig
 
 EXIT_STOPPED = 128  # plus the signal's number, as shells do
 
@@ -46,28 +51,35 @@ def main() -> int:
             f"are started by `accelerate launch --num_processes {tasks} ...` in one task, or by "
             "sbatch alignment/GRPO/run_grpo_alignment.sh"
         )
+    with RunLock(Path(settings.output_dir)) as lock:
+        return train_policy(settings, lock)
+
+
+def train_policy(settings: GRPOSettings, lock: RunLock) -> int:
+    """The run, as one of its processes; returns the exit code."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     settings.accumulation(processes)
     train_rows = load_prompts(settings.train_jsonl, settings.prompt_key)
     held_out_rows = load_prompts(settings.eval_jsonl, settings.prompt_key)
     folder = Path(settings.output_dir)
-    begun = os.path.exists(folder / "manifest.json")  # no error where one may not look: the folder's check says it
-    if begun and not settings.resume:
-        raise UserError(f"{folder} holds a run already: give another --output_dir, or leave out --resume false")
-    begun_with = deciding_of(folder) if begun else {}
-    checkpoint = newest_checkpoint(folder)
-    if begun:
-        check_same_run(begun_with, settings.deciding(), folder)
-        if step_of(checkpoint) >= settings.max_steps and (folder / "final").exists():
-            print(f"{folder} is finished; a larger --max_steps would go on with it")
-            return 0
-    check_writable_folder(folder)
+    *_, finished = what_began(folder, settings, processes)  # a mistake is told at once
+    args = None
+    if not finished:  # one that is may lie where nothing can be written
+        check_writable_folder(folder)
+        if processes == 1:
+            lock.take()
+        else:
+            args = take_together(lock, settings)
+    begun_with, checkpoint, finished = what_began(folder, settings, processes)  # now nobody else writes there
+    if finished:
+        print(f"{folder} is finished; a larger --max_steps would go on with it")
+        return 0
+    begun = bool(begun_with)
     if checkpoint is not None:
         if not begun:
             raise UserError(
                 f"{folder} holds checkpoints but no manifest.json: what run is that? Give another --output_dir"
             )
-        check_same_run(begun_with, {"processes": processes}, folder)  # each has random numbers of its own there
         check_whole(checkpoint, processes)
     drawn = [row[settings.prompt_key] for row in draw_rows(train_rows, settings.max_samples)]
     held_out = [row[settings.prompt_key] for row in draw_rows(held_out_rows, settings.eval_samples)]
@@ -84,12 +96,11 @@ def main() -> int:
     from alignment.GRPO.trainer import ConstrainedGRPOTrainer
     from alignment.GRPO.trl_config import adapter_config, trl_config, weights_dtype
     from alignment.lagrangian import LagrangeMultiplier
-    from alignment.runs import StopSignal, write_run_files
     from alignment.scoring.client import ScorerClient
     from alignment.scoring.scores import deciding as deciding_part
 
     with StopSignal() as stop:
-        args = trl_config(settings, folder)
+        args = args or trl_config(settings, folder)
         scorer = ScorerClient(
             settings.scorer_url,
             batch_size=settings.scorer_batch_size,
@@ -152,6 +163,41 @@ def main() -> int:
     if main_process:
         print(f"stopped after step {step}; go on with: {shlex.join([sys.executable, *sys.argv])}")
     return EXIT_STOPPED + (stop.received or signal.SIGTERM)
+
+
+def what_began(folder: Path, settings: GRPOSettings, processes: int) -> tuple[dict, Path | None, bool]:
+    """What the run in `folder` was begun with ({}: there is none), its newest checkpoint, and whether it is finished.
+
+    Raises UserError when this is not that run.
+    """
+    checkpoint = newest_checkpoint(folder)
+    if not os.path.exists(folder / "manifest.json"):  # no error where one may not look: the folder's check says it
+        return {}, checkpoint, False
+    if not settings.resume:
+        raise UserError(f"{folder} holds a run already: give another --output_dir, or leave out --resume false")
+    begun_with = deciding_of(folder)
+    check_same_run(begun_with, settings.deciding(), folder)
+    finished = step_of(checkpoint) >= settings.max_steps and (folder / "final").exists()
+    if checkpoint is not None and not finished:
+        check_same_run(begun_with, {"processes": processes}, folder)  # each has random numbers of its own there
+    return begun_with, checkpoint, finished
+
+
+def take_together(lock: RunLock, settings: GRPOSettings) -> GRPOConfig:
+    """The first of several processes takes the lock; they have met before that, so that all end when it is refused.
+
+    Returns the trainer's settings: making them lets the processes meet.
+    """
+    from accelerate import PartialState
+
+    from alignment.GRPO.ranks import failing_together
+    from alignment.GRPO.trl_config import trl_config
+
+    args = trl_config(settings, lock.folder)
+    with failing_together(PartialState()):
+        if PartialState().is_main_process:
+            lock.take()
+    return args
 
 
 if __name__ == "__main__":
