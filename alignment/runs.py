@@ -4,7 +4,8 @@
     RUN/metrics.jsonl    one row an event, the truth    RUN/tensorboard/    the same for dashboards (and W&B if configured)
     RUN/.lock            held by the process that writes there
 
-Files and checkpoint folders appear under their final name only when they are whole and on disk.
+Files and checkpoint folders appear under their final name only when they are whole and on disk. What a kill leaves of a
+folder that was not whole yet, the next start of the run removes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -41,6 +43,8 @@ from alignment.records import (
 
 LOCK = ".lock"
 LOCK_WAIT = 30.0  # seconds that a start gives the one before it to end; after a requeue the two may overlap
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(@(?P<host>.+))?\.(?P<kind>tmp|old)")  # of atomic_directory
+_A_DAY = 86400.0
 _PACKAGES = ("torch", "transformers", "numpy", "accelerate", "trl", "vllm", "safetensors", "tokenizers")
 
 
@@ -48,30 +52,37 @@ _PACKAGES = ("torch", "transformers", "numpy", "accelerate", "trl", "vllm", "saf
 def atomic_directory(final: str | Path, needed: int = 0) -> Iterator[Path]:
     """Yields a temporary folder beside `final`; it takes that name when the block ends well, with all its files on disk.
 
-    An older folder of that name is replaced, and stays until the new one is complete. Raises UserError when the place cannot be
-    written, is full, or has less than the `needed` bytes left.
+    An older folder of that name is replaced. It stays until the new one is complete; for a moment, between two renames,
+    neither has the name. A kill leaves a hidden folder, in that moment two: `mend_leftovers` takes care of them, here and at
+    the start of a run. Raises UserError when the place cannot be written, is full, or has less than the `needed` bytes left.
     """
     final = Path(final)
+    mend_leftovers(final.parent, final.name)
     if needed:
         check_room(final, needed)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    temporary, old = (
+        final.with_name(f".{final.name}.{os.getpid()}@{platform.node()}.{kind}") for kind in ("tmp", "old")
+    )
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
         for path in sorted(temporary.rglob("*")):
             if path.is_file():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
-        if final.exists():
-            old = final.with_name(f".{final.name}.{os.getpid()}.old")
-            final.rename(old)
+        try:
+            if final.exists():
+                final.rename(old)
             temporary.rename(final)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.rename(final)
-        fsync_folder(final.parent)
+            fsync_folder(final.parent)
+        except BaseException:
+            if old.exists():
+                if final.exists():
+                    final.rename(temporary)
+                old.rename(final)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     except Exception as error:
         if not _is_about_writing(error):
             raise
@@ -79,6 +90,56 @@ def atomic_directory(final: str | Path, needed: int = 0) -> Iterator[Path]:
         raise UserError(f"cannot write {final}: {reason}; what was there before is unchanged") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def mend_leftovers(folder: Path, name: str | None = None, ended: tuple[int, str] | None = None) -> None:
+    """After a kill in `atomic_directory`: half of a new folder is removed, and so is an old one that has a successor; an old
+    one that has none gets its name back. Of all folders in `folder`, or of one `name`.
+
+    Nothing is touched that a living process may still write: only what belongs to a process of this machine that is gone, or
+    to `ended` (process and host, known to be gone), or has not changed for a day.
+    """
+    found = [
+        (path, match)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := _LEFTOVER.fullmatch(path.name)) and name in (None, match["name"])
+    ]
+    for path, match in found:
+        if path.is_symlink() or not path.is_dir() or not _is_left(path, int(match["pid"]), match["host"], ended):
+            continue
+        final = folder / match["name"]
+        if match["kind"] == "old" and not final.exists():
+            try:
+                path.rename(final)
+            except OSError as error:
+                raise UserError(f"cannot rename {path} to {final}: {error.strerror}; do it by hand") from error
+            print(f"{final} has its name back, which a killed process had taken from it")
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+            print(f"{path}, left by a killed process, is removed")
+
+
+def _is_left(path: Path, pid: int, host: str | None, ended: tuple[int, str] | None) -> bool:
+    """Whether nobody writes that folder any more."""
+    if (pid, host) == ended:
+        return True
+    if host == platform.node():
+        return pid == os.getpid() or not _is_alive(pid)
+    changed = 0.0
+    for one in (path, *path.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # its process is alive and has renamed it
+            changed = max(changed, one.stat().st_mtime)
+    return time.time() - changed > _A_DAY
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # someone else's
+        pass
+    return True
 
 
 def _is_about_writing(error: Exception) -> bool:
@@ -99,10 +160,14 @@ class RunLock:
         self.folder = folder
         self._descriptor: int | None = None
         self._owner: dict[str, Any] = {}  # of the process that has it, or had it
+        self._ended: tuple[int, str] | None = None  # a process that had it, on a machine that may not answer any more
         self._made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
 
     def take(self) -> None:
-        """Raises UserError when another process has it and keeps it for LOCK_WAIT seconds more."""
+        """Takes it, and mends what a killed process left half saved in the run.
+
+        Raises UserError when another process has it and keeps it for LOCK_WAIT seconds more.
+        """
         deadline = time.monotonic() + LOCK_WAIT
         told = False
         while not self._try():
@@ -115,6 +180,8 @@ class RunLock:
                 told = True
                 print(f"{self.folder} is in use by {self._who()}: waiting {LOCK_WAIT:.0f} s for it to end", flush=True)
             time.sleep(0.25)
+        for place in (self.folder, self.folder / "checkpoints"):
+            mend_leftovers(place, ended=self._ended)
 
     def _try(self) -> bool:
         path = self.folder / LOCK
@@ -128,6 +195,7 @@ class RunLock:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
                 raise BlockingIOError  # it was removed meanwhile, with the folder of a run that came to nothing
+            self._ended = (self._owner.get("pid", 0), self._owner.get("host", ""))
         except BlockingIOError:
             os.close(descriptor)
             return False
