@@ -1,6 +1,7 @@
 """Run folders: everything needed to understand a run, to run it again and to go on with it.
 
     RUN/config.yaml      the resolved settings          RUN/manifest.json   command, versions, commit, weights
+    RUN/starts.jsonl     a row for each later start, which may have other settings, versions or another commit
     RUN/metrics.jsonl    one row an event, the truth    RUN/tensorboard/    the same for dashboards (and W&B if configured)
     RUN/.lock            held by the process that writes there
 
@@ -27,6 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 
 from alignment.errors import UserError, first_line
@@ -393,7 +395,24 @@ def _start_wandb(folder: Path, project: str, name: str | None) -> Any:
 
 
 def write_run_files(folder: Path, config_yaml: str, extra: dict[str, Any]) -> None:
-    """`config.yaml` and `manifest.json` of a new run."""
+    """`config.yaml` and `manifest.json` of a new run. They stay as they are: the record of its beginning."""
     with atomic_open(folder / "config.yaml") as file:
         file.write(config_yaml)
     write_json(folder / "manifest.json", manifest(extra))
+
+
+def record_start(folder: Path, config_yaml: str) -> None:
+    """A row in `starts.jsonl` for a start that goes on with a run: as manifest.json, and in `changed` each setting that is not
+    that of config.yaml: {name: [then, now]}, or null where that file is gone or damaged."""
+    now = yaml.safe_load(config_yaml)
+    try:
+        then = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        names = [name for name in now if name not in then or then[name] != now[name]]
+        changed = {name: [then.get(name), now[name]] for name in names} | {
+            name: [then[name], None] for name in then if name not in now
+        }
+        to_json(changed)
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
+        changed = None
+    with JsonlWriter(folder / "starts.jsonl") as starts:
+        starts.append(manifest({"changed": changed}))

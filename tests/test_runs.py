@@ -12,7 +12,8 @@ import pytest
 from conftest import REPO
 
 from alignment.errors import UserError
-from alignment.runs import MetricsLog, RunLock, StopSignal, atomic_directory, manifest
+from alignment.records import read_json, read_jsonl
+from alignment.runs import MetricsLog, RunLock, StopSignal, atomic_directory, manifest, record_start, write_run_files
 
 
 def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path):
@@ -162,3 +163,22 @@ def test_the_manifest_says_what_ran():
     assert found["base_weights"] == "abc"
     assert found["command"]
     assert {"python", "torch", "transformers"} <= found["versions"].keys()
+
+
+def test_later_starts_are_recorded_beside_the_first(tmp_path):
+    write_run_files(tmp_path, "sigma: 0.1\nsteps: 4\nold: 1\n", {})
+    first = [(tmp_path / name).read_bytes() for name in ("config.yaml", "manifest.json")]
+    record_start(tmp_path, "sigma: 0.1\nsteps: 6\nnew: null\n")
+    record_start(tmp_path, "sigma: 0.1\nsteps: 4\nold: 1\n")
+    assert [(tmp_path / name).read_bytes() for name in ("config.yaml", "manifest.json")] == first
+    rows = read_jsonl(tmp_path / "starts.jsonl")
+    assert [row["changed"] for row in rows] == [{"steps": [4, 6], "new": [None, None], "old": [1, None]}, {}]
+    assert rows[0].keys() == read_json(tmp_path / "manifest.json").keys() | {"changed"}
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{", "steps: 2020-01-01", "steps: .nan", "\xff"])
+def test_a_config_that_was_edited_keeps_no_run_from_going_on(tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.yaml").write_bytes(text.encode("latin-1"))
+    record_start(tmp_path, "steps: 6\n")
+    assert [row["changed"] for row in read_jsonl(tmp_path / "starts.jsonl")] == [None]

@@ -6,8 +6,9 @@
 Several processes, each with a policy, share the members: --num_engines 4, or torchrun, accelerate launch or srun.
 
 Stop it with Ctrl-C, SIGTERM or SIGUSR1, or let it be killed: the same command goes on where it was. What RUN holds:
-config.yaml, manifest.json, metrics.jsonl, tensorboard/, journal.jsonl, eval/ (held-out answers with scores), checkpoints/,
-best/ (by the held-out objective) and final/, the last three in Hugging Face layout.
+config.yaml and manifest.json (of the first start), starts.jsonl (the later ones), metrics.jsonl, tensorboard/, journal.jsonl,
+eval/ (held-out answers with scores), checkpoints/, best/ (by the held-out objective) and final/, the last three in Hugging
+Face layout.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from alignment.ES.journal import begun_with, check_settings
 from alignment.ES.settings import ESSettings
 from alignment.prompts import draw_rows, text_hash
 from alignment.records import check_writable_folder, load_prompts
-from alignment.runs import RunLock, StopSignal, write_run_files
+from alignment.runs import RunLock, StopSignal, record_start, write_run_files
 
 EXIT_STOPPED = 128  # plus the signal's number, as shells do
 
@@ -114,7 +115,10 @@ def train_policy(
             write_run_files(folder, as_yaml(settings), {"base_weights": trainer.base_hash, "scorer": scorer.identity()})
         with StopSignal() as stop:
             try:
-                finished = trainer.run(stop)
+                if begun:
+                    finished = trainer.run(stop, lambda: record_start(folder, as_yaml(settings)))
+                else:
+                    finished = trainer.run(stop)
             except UserError:  # every process knows it; one says it
                 if processes.is_main:
                     raise

@@ -6,8 +6,9 @@
 
 Stop it with Ctrl-C, SIGTERM, SIGUSR1 or `touch RUN/stop` (the way for several processes, whose launcher keeps signals to
 itself), or let it be killed: the same command goes on where it was. What RUN holds:
-config.yaml, manifest.json, metrics.jsonl, tensorboard/, eval/ (held-out answers with scores), checkpoints/ (to resume from),
-best/ (by the held-out objective) and final/, these two in Hugging Face layout. stopped.json is there while a stopped run
+config.yaml and manifest.json (of the first start), starts.jsonl (the later ones), metrics.jsonl, tensorboard/, eval/ (held-out
+answers with scores), checkpoints/ (to resume from), best/ (by the held-out objective) and final/, these two in Hugging Face
+layout. stopped.json is there while a stopped run
 waits to be gone on with; launchers lose the exit code, so job scripts look at that file.
 """
 
@@ -34,7 +35,7 @@ from alignment.GRPO.checkpoints import (
 from alignment.GRPO.settings import GRPOSettings, load_settings
 from alignment.prompts import draw_rows, text_hash
 from alignment.records import check_writable_folder, load_prompts, write_json
-from alignment.runs import RunLock, StopSignal, write_run_files
+from alignment.runs import RunLock, StopSignal, record_start, write_run_files
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -142,7 +143,9 @@ def train_policy(settings: GRPOSettings, lock: RunLock) -> int:
         main_process = trainer.accelerator.is_main_process
         trainer.accelerator.wait_for_everyone()  # all have seen whether the run was there
         if main_process:
-            if not begun:
+            if begun:
+                record_start(folder, as_yaml(settings))
+            else:
                 write_run_files(folder, as_yaml(settings), {"deciding": deciding})
             if len(prompts) < len(drawn):
                 print(
