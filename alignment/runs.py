@@ -153,7 +153,8 @@ def _is_about_writing(error: Exception) -> bool:
 class RunLock:
     """RUN/.lock, held by the main process of a run from before it reads anything of the run until it ends.
 
-    The kernel gives the lock back when that process is gone, however it ended: nothing is left to be removed by hand.
+    The kernel gives the lock back when that process is gone, however it ended, and a file server when a machine is lost (NFS 3
+    only when that machine is back: whoever is refused is told to remove the file; a new one is a new lock).
     Processes that it starts do not hold it for it: the descriptor is closed by exec, and in the children of a fork. The file
     says who has it, and is empty after a good end. Use as a context manager; only the main process calls `take`.
     """
@@ -174,9 +175,11 @@ class RunLock:
         told = False
         while not self._try():
             if time.monotonic() >= deadline:
+                host = self._owner.get("host", platform.node())
+                lost = f" (if {host} is lost for good: remove {self.folder / LOCK})" if host != platform.node() else ""
                 raise UserError(
                     f"another run is at work in {self.folder}: {self._who()}. Let it end, or stop it, and give the same "
-                    "command again; or give this run another folder"
+                    f"command again{lost}; or give this run another folder"
                 )
             if not told:
                 told = True
@@ -195,7 +198,7 @@ class RunLock:
         self._owner = _owner(descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+            if not _is_at(descriptor, path):
                 raise BlockingIOError  # it was removed meanwhile, with the folder of a run that came to nothing
             self._ended = (self._owner.get("pid", 0), self._owner.get("host", ""))
         except BlockingIOError:
@@ -237,10 +240,11 @@ class RunLock:
             return
         with contextlib.suppress(OSError):
             os.ftruncate(self._descriptor, 0)
-            if os.listdir(self.folder) == [LOCK]:  # a start that was refused leaves nothing behind
-                (self.folder / LOCK).unlink()
-                for path in self._made:
-                    path.rmdir()
+            path = self.folder / LOCK
+            if os.listdir(self.folder) == [LOCK] and _is_at(self._descriptor, path):  # a start that came to nothing
+                path.unlink()
+                for made in self._made:
+                    made.rmdir()
         _held.remove(self)
         self._close()
 
@@ -256,6 +260,11 @@ def _let_go_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one of that name, and not one that was removed."""
+    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
 
 
 def _owner(descriptor: int) -> dict[str, Any]:

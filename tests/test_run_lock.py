@@ -71,6 +71,19 @@ def test_a_second_process_is_told_who_is_there(holder, tmp_path, soon, capsys):
     assert (run / ".lock").read_text()  # the refused one has not touched it
 
 
+def test_a_lock_that_a_lost_machine_keeps_can_be_removed(tmp_path, soon):
+    run = tmp_path / "run"
+    with RunLock(run) as lost, RunLock(run) as lock:
+        lost.take()
+        (run / ".lock").write_text('{"pid": 5, "host": "lost-node"}')
+        with pytest.raises(UserError, match=f"if lost-node is lost for good: remove {run}/.lock"):
+            lock.take()
+        (run / ".lock").unlink()
+        lock.take()
+        with RunLock(run) as third, pytest.raises(UserError, match=f"process {os.getpid()} on"):
+            third.take()
+
+
 def test_children_of_a_killed_process_do_not_hold_its_run(holder, tmp_path, soon):
     holder.kill()
     holder.wait()
