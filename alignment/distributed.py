@@ -43,7 +43,7 @@ class Processes:
     @classmethod
     def from_environment(cls, timeout: float = 1800) -> Processes:
         """As the launcher set it: torchrun's and accelerate's variables, or those of srun. One process without them."""
-        if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        if "RANK" not in os.environ and _srun_tasks() > 1:
             _environment_from_slurm()
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if world_size == 1:
@@ -102,6 +102,11 @@ class Processes:
             ) from error
 
 
+def has_launcher() -> bool:
+    """Whether torchrun, accelerate or srun has started this process as one of its own: it must not launch others."""
+    return "WORLD_SIZE" in os.environ or _srun_tasks() > 1
+
+
 def launch(count: int, argv: list[str]) -> int:
     """Runs `python argv...` as `count` processes of this machine by torch's own launcher; returns their exit code."""
     import torch.distributed.elastic.multiprocessing as elastic
@@ -130,6 +135,11 @@ def launch(count: int, argv: list[str]) -> int:
         return code if code > 0 else 128 - code  # a negative one is a signal's
     except SignalException as error:
         return 128 + error.sigval
+
+
+def _srun_tasks() -> int:
+    """How many tasks `srun` has started together with this process. (SLURM_NTASKS is the job's: its script has it, too.)"""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
 
 
 def _environment_from_slurm() -> None:

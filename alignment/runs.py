@@ -1,10 +1,12 @@
 """Run folders: everything needed to understand a run, to run it again and to go on with it.
 
     RUN/config.yaml      the resolved settings          RUN/manifest.json   command, versions, commit, weights
+    RUN/starts.jsonl     a row for each later start, which may have other settings, versions or another commit
     RUN/metrics.jsonl    one row an event, the truth    RUN/tensorboard/    the same for dashboards (and W&B if configured)
+    RUN/.lock            held by the process that writes there
 
-Files and checkpoint folders appear under their final name only when they are whole and on disk. A run goes on only as what it
-was begun as.
+Files and checkpoint folders appear under their final name only when they are whole and on disk. What a kill leaves of a
+folder that was not whole yet, the next start of the run removes. A run goes on only as what it was begun as.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -23,11 +26,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 
 from alignment.errors import UserError, first_line
-from alignment.records import JsonlWriter, atomic_open, check_room, fsync_folder, read_jsonl, write_json, write_jsonl
+from alignment.records import (
+    JsonlWriter,
+    atomic_open,
+    check_room,
+    fsync_folder,
+    read_jsonl,
+    to_json,
+    write_json,
+    write_jsonl,
+)
 
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(@(?P<host>.+))?\.(?P<kind>tmp|old)")  # of atomic_directory
+_A_DAY = 86400.0
 _PACKAGES = ("torch", "transformers", "numpy", "accelerate", "trl", "vllm", "safetensors", "tokenizers")
 
 
@@ -35,30 +50,37 @@ _PACKAGES = ("torch", "transformers", "numpy", "accelerate", "trl", "vllm", "saf
 def atomic_directory(final: str | Path, needed: int = 0) -> Iterator[Path]:
     """Yields a temporary folder beside `final`; it takes that name when the block ends well, with all its files on disk.
 
-    An older folder of that name is replaced, and stays until the new one is complete. Raises UserError when the place cannot be
-    written, is full, or has less than the `needed` bytes left.
+    An older folder of that name is replaced. It stays until the new one is complete; for a moment, between two renames,
+    neither has the name. A kill leaves a hidden folder, in that moment two: `mend_leftovers` takes care of them, here and at
+    the start of a run. Raises UserError when the place cannot be written, is full, or has less than the `needed` bytes left.
     """
     final = Path(final)
+    mend_leftovers(final.parent, final.name)
     if needed:
         check_room(final, needed)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    temporary, old = (
+        final.with_name(f".{final.name}.{os.getpid()}@{platform.node()}.{kind}") for kind in ("tmp", "old")
+    )
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
         for path in sorted(temporary.rglob("*")):
             if path.is_file():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
-        if final.exists():
-            old = final.with_name(f".{final.name}.{os.getpid()}.old")
-            final.rename(old)
+        try:
+            if final.exists():
+                final.rename(old)
             temporary.rename(final)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.rename(final)
-        fsync_folder(final.parent)
+            fsync_folder(final.parent)
+        except BaseException:
+            if old.exists():
+                if final.exists():
+                    final.rename(temporary)
+                old.rename(final)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     except Exception as error:
         if not _is_about_writing(error):
             raise
@@ -66,6 +88,56 @@ def atomic_directory(final: str | Path, needed: int = 0) -> Iterator[Path]:
         raise UserError(f"cannot write {final}: {reason}; what was there before is unchanged") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def mend_leftovers(folder: Path, name: str | None = None, ended: tuple[int, str] | None = None) -> None:
+    """After a kill in `atomic_directory`: half of a new folder is removed, and so is an old one that has a successor; an old
+    one that has none gets its name back. Of all folders in `folder`, or of one `name`.
+
+    Nothing is touched that a living process may still write: only what belongs to a process of this machine that is gone, or
+    to `ended` (process and host, known to be gone), or has not changed for a day.
+    """
+    found = [
+        (path, match)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := _LEFTOVER.fullmatch(path.name)) and name in (None, match["name"])
+    ]
+    for path, match in found:
+        if path.is_symlink() or not path.is_dir() or not _is_left(path, int(match["pid"]), match["host"], ended):
+            continue
+        final = folder / match["name"]
+        if match["kind"] == "old" and not final.exists():
+            try:
+                path.rename(final)
+            except OSError as error:
+                raise UserError(f"cannot rename {path} to {final}: {error.strerror}; do it by hand") from error
+            print(f"{final} has its name back, which a killed process had taken from it")
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+            print(f"{path}, left by a killed process, is removed")
+
+
+def _is_left(path: Path, pid: int, host: str | None, ended: tuple[int, str] | None) -> bool:
+    """Whether nobody writes that folder any more."""
+    if (pid, host) == ended:
+        return True
+    if host == platform.node():
+        return pid == os.getpid() or not _is_alive(pid)
+    changed = 0.0
+    for one in (path, *path.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # its process is alive and has renamed it
+            changed = max(changed, one.stat().st_mtime)
+    return time.time() - changed > _A_DAY
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # someone else's
+        pass
+    return True
 
 
 def _is_about_writing(error: Exception) -> bool:
@@ -112,12 +184,17 @@ def manifest(extra: dict[str, Any] | None = None) -> dict[str, Any]:
     return {
         "command": shlex.join([sys.executable, *sys.argv]),
         "folder": os.getcwd(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": utc_now(),
         "git_commit": _git_commit(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "versions": versions,
         **(extra or {}),
     }
+
+
+def utc_now() -> str:
+    """The time in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _git_commit() -> str | None:
@@ -215,7 +292,24 @@ def check_same_run(begun_with: dict[str, Any], now: dict[str, Any], place: Path,
 
 
 def write_run_files(folder: Path, config_yaml: str, extra: dict[str, Any]) -> None:
-    """`config.yaml` and `manifest.json` of a new run."""
+    """`config.yaml` and `manifest.json` of a new run. They stay as they are: the record of its beginning."""
     with atomic_open(folder / "config.yaml") as file:
         file.write(config_yaml)
     write_json(folder / "manifest.json", manifest(extra))
+
+
+def record_start(folder: Path, config_yaml: str) -> None:
+    """A row in `starts.jsonl` for a start that goes on with a run: as manifest.json, and in `changed` each setting that is not
+    that of config.yaml: {name: [then, now]}, or null where that file is gone or damaged."""
+    now = yaml.safe_load(config_yaml)
+    try:
+        then = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        names = [name for name in now if name not in then or then[name] != now[name]]
+        changed = {name: [then.get(name), now[name]] for name in names} | {
+            name: [then[name], None] for name in then if name not in now
+        }
+        to_json(changed)
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
+        changed = None
+    with JsonlWriter(folder / "starts.jsonl") as starts:
+        starts.append(manifest({"changed": changed}))

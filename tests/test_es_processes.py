@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -88,6 +89,58 @@ def test_torchrun_starts_it_as_well_and_sigterm_saves(alone, tiny_policy, prompt
         done = run_script(tiny_policy, scorer.url, prompts, run, **SETTINGS)
         assert done.returncode == 0, done.stderr
     assert_same_run(run, alone)
+
+
+def srun(count: int, folder, arguments: list) -> list[tuple[int, str, str]]:
+    """Exit code and output of each of `count` processes that have what srun's tasks have, and nothing of torch's."""
+    scontrol = folder / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text("#!/bin/sh\necho localhost\n")
+    scontrol.chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    step = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": str(count), "SLURM_STEP_NUM_TASKS": str(count)}
+    step |= {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(port)}
+    tasks = [
+        subprocess.Popen(
+            arguments,
+            cwd=REPO,
+            env=os.environ
+            | step
+            | {"PATH": f"{scontrol.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+            | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    try:
+        ends = [task.communicate(timeout=100) for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    return [(task.returncode, *end) for task, end in zip(tasks, ends, strict=True)]
+
+
+@pytest.mark.slow
+def test_srun_and_num_engines_are_one_run(alone, tiny_policy, prompts, tmp_path):
+    run = tmp_path / "run"
+    with FakeScorer() as scorer:
+        arguments = command(tiny_policy, scorer.url, prompts, run, **SETTINGS, num_engines=2)
+        tasks = srun(2, tmp_path, arguments)
+    assert [code for code, _, _ in tasks] == [0, 0], tasks
+    assert sum(output.count("\nfinished: ") for _, output, _ in tasks) == 1
+    assert sorted(path.name for path in run.glob("members.*")) == ["members.0.jsonl", "members.1.jsonl"]
+    assert_same_run(run, alone)
+
+
+def test_srun_with_another_number_of_tasks_than_num_engines(tiny_policy, prompts, tmp_path):
+    arguments = command(tiny_policy, "http://127.0.0.1:9", prompts, tmp_path / "run", num_engines=4)
+    for code, _, errors in srun(2, tmp_path, arguments):
+        assert code == 2
+        assert "num_engines is 4, but 2 processes were launched" in errors
 
 
 def test_a_scorer_that_is_gone_ends_all_processes_with_one_line(tiny_policy, prompts, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -179,13 +180,15 @@ def test_kill_9_costs_the_steps_since_the_last_checkpoint(undisturbed, tiny_poli
         scorer.wait_for_request(6)
         process.kill()
         process.wait()
-    (run / "checkpoints" / ".iteration_00004.99.tmp").mkdir()  # as a kill while saving leaves one
+    half_saved = run / "checkpoints" / f".iteration_00004.{process.pid}@{platform.node()}.tmp"
+    half_saved.mkdir()  # as a kill while saving leaves one
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "iter')
     with FakeScorer() as scorer:
         done = run_script(tiny_policy, scorer.url, prompts, run)
         assert done.returncode == 0, done.stderr
     assert "going on after step 2" in done.stdout
+    assert not half_saved.exists()
     assert same_run(run, undisturbed())
 
 

@@ -161,6 +161,25 @@ def test_es_with_other_base_weights(tiny_policy, prompts, scorer, es_run, tmp_pa
     assert "was begun otherwise: base_weights" in line and "another --experiment_dir" in line
 
 
+@pytest.mark.parametrize("method", ["es", "grpo"])
+def test_a_start_that_goes_on_is_recorded(
+    tiny_policy, prompts, scorer, es_run, grpo_run, tmp_path, monkeypatch, method
+):
+    begun, command, steps = {"es": (es_run, es, "num_iterations"), "grpo": (grpo_run, grpo, "max_steps")}[method]
+    run = shutil.copytree(begun, tmp_path / "run")
+    assert not (run / "starts.jsonl").exists()
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    was = {"es": 2, "grpo": 1}[method]
+    done = run_script(*command(tiny_policy, scorer.url, prompts, run, **{steps: was + 1}))
+    assert done.code == 0, done.err
+    (row,) = read_jsonl(run / "starts.jsonl")
+    assert row["changed"].pop(steps) == [was, was + 1]
+    assert row["changed"].keys() <= {"experiment_dir", "output_dir"}  # the copy lies elsewhere
+    assert row["slurm_job_id"] == "77" and "torch" in row["versions"]
+    for name in ("config.yaml", "manifest.json"):
+        assert (run / name).read_bytes() == (begun / name).read_bytes()
+
+
 # --- ES, damaged
 
 

@@ -103,6 +103,15 @@ def test_grpo_settings(prompts, tmp_path, settings, said):
     assert not (tmp_path / "run").exists()
 
 
+def test_grpo_as_several_tasks_of_srun(prompts, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    line = refused(*grpo(prompts, tmp_path / "run"))
+    assert "srun has started 4 tasks" in line and "accelerate launch --num_processes 4" in line
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")  # tasks that are launchers, one a node
+    assert "nothing.jsonl" in refused(*grpo(prompts, tmp_path / "run"), "--train_jsonl", "nothing.jsonl")
+
+
 @pytest.fixture
 def scorer():
     with FakeScorer() as fake:

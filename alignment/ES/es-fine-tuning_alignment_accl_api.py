@@ -6,8 +6,9 @@
 Several processes, each with a policy, share the members: --num_engines 4, or torchrun, accelerate launch or srun.
 
 Stop it with Ctrl-C, SIGTERM or SIGUSR1, or let it be killed: the same command goes on where it was. What RUN holds:
-config.yaml, manifest.json, metrics.jsonl, tensorboard/, journal.jsonl, eval/ (held-out answers with scores), checkpoints/,
-best/ (by the held-out objective) and final/, the last three in Hugging Face layout.
+config.yaml and manifest.json (of the first start), starts.jsonl (the later ones), metrics.jsonl, tensorboard/, journal.jsonl,
+eval/ (held-out answers with scores), checkpoints/, best/ (by the held-out objective) and final/, the last three in Hugging
+Face layout.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from alignment.config import as_yaml, load_config
-from alignment.distributed import Processes, launch
+from alignment.distributed import Processes, has_launcher, launch
 from alignment.errors import UserError, run_main
 from alignment.ES.journal import begun_with
 from alignment.ES.settings import ESSettings
 from alignment.prompts import draw_rows, text_hash
 from alignment.records import check_writable_folder, load_prompts
-from alignment.runs import check_same_run
+from alignment.run_lock import RunLock
+from alignment.runs import StopSignal, check_same_run, record_start, write_run_files
 
 EXIT_STOPPED = 128  # plus the signal's number, as shells do
 
@@ -42,40 +44,64 @@ def main() -> int:
     folder = Path(settings.experiment_dir)
     for place in (folder, folder / "checkpoints"):
         check_writable_folder(place)
+    if settings.engine == "vllm" and find_spec("vllm") is None:
+        raise UserError("engine: vllm needs the environment of requirements-cluster.txt; this one has no vLLM")
+
+    if settings.num_engines and settings.num_engines > 1 and not has_launcher():
+        what_began(folder, settings, train)  # mistakes are told at once; the processes look again, with the lock
+        return launch(settings.num_engines, sys.argv)
+
+    processes = Processes.from_environment(timeout=settings.scorer_max_wait + 1800)
+    if settings.num_engines not in (None, processes.world_size):
+        raise UserError(f"num_engines is {settings.num_engines}, but {processes.world_size} processes were launched")
+    with RunLock(folder) as lock:
+
+        def take_and_look() -> tuple[bool, dict]:
+            lock.take()
+            return what_began(folder, settings, train)
+
+        try:
+            begun, known = processes.on_main(take_and_look)
+        except UserError as error:  # every process knows it; one says it
+            if processes.is_main:
+                raise
+            return error.exit_code
+        return train_policy(settings, train, held_out, processes, begun, known)
+
+
+def what_began(folder: Path, settings: ESSettings, train: list[dict]) -> tuple[bool, dict]:
+    """Whether a run was begun in `folder`, and the settings in its journal. Raises UserError when this is not that run."""
     begun = (folder / "journal.jsonl").exists()
     if begun and not settings.resume:
         raise UserError(f"{folder} holds a run already: give another --experiment_dir, or leave out --resume false")
-
-    train_prompts = [row[settings.prompt_key] for row in train]
-    held_out_prompts = [row[settings.prompt_key] for row in held_out]
     known = begun_with(folder / "journal.jsonl") or {}
     if not known and any((folder / "checkpoints").glob("iteration_*")):
         raise UserError(f"{folder} holds checkpoints but no journal of their run: give another --experiment_dir")
     if known:  # what a glance at the journal tells; the trainer compares the rest, base weights and device
         now = dict.fromkeys(known.keys() & vars(settings).keys()) | settings.deciding()
-        now |= {"train_prompts": text_hash(train_prompts)}
+        now |= {"train_prompts": text_hash([row[settings.prompt_key] for row in train])}
         now.pop("members_at_once", None)  # the journal has the number that came of it
         check_same_run(known, now, folder / "journal.jsonl", "--experiment_dir")
+    return begun, known
 
-    if settings.engine == "vllm" and find_spec("vllm") is None:
-        raise UserError("engine: vllm needs the environment of requirements-cluster.txt; this one has no vLLM")
 
-    if settings.num_engines and settings.num_engines > 1 and "WORLD_SIZE" not in os.environ:
-        return launch(settings.num_engines, sys.argv)
+def train_policy(
+    settings: ESSettings, train: list[dict], held_out: list[dict], processes: Processes, begun: bool, known: dict
+) -> int:
+    """The run, as one of its processes; returns the exit code."""
+    folder = Path(settings.experiment_dir)
+    train_prompts = [row[settings.prompt_key] for row in train]
+    held_out_prompts = [row[settings.prompt_key] for row in held_out]
 
     # torch and the models only now, so that a mistake in the settings is told at once.
     from alignment.ES.policy_engine import open_engine
     from alignment.ES.trainer import ESTrainer
-    from alignment.runs import StopSignal, write_run_files
     from alignment.scoring.client import ScorerClient
 
-    processes = Processes.from_environment(timeout=settings.scorer_max_wait + 1800)
     if len(train) < settings.batch_size and processes.is_main:
         print(
             f"note: batch_size is {settings.batch_size}, but there are {len(train)} training prompts: a step uses them all"
         )
-    if settings.num_engines not in (None, processes.world_size):
-        raise UserError(f"num_engines is {settings.num_engines}, but {processes.world_size} processes were launched")
     scorer = ScorerClient(
         settings.scorer_url,
         batch_size=settings.scorer_batch_size,
@@ -91,7 +117,10 @@ def main() -> int:
             write_run_files(folder, as_yaml(settings), {"base_weights": trainer.base_hash, "scorer": scorer.identity()})
         with StopSignal() as stop:
             try:
-                finished = trainer.run(stop)
+                if begun:
+                    finished = trainer.run(stop, lambda: record_start(folder, as_yaml(settings)))
+                else:
+                    finished = trainer.run(stop)
             except UserError as error:  # every process knows it; one says it
                 if processes.is_main:
                     raise

@@ -94,8 +94,11 @@ class ESTrainer:
 
     # ---- the run ----
 
-    def run(self, stop: StopSignal) -> bool:
-        """Trains to the end, or until a signal came; returns whether the run is finished. State is on disk either way."""
+    def run(self, stop: StopSignal, on_restored: Callable[[], None] = lambda: None) -> bool:
+        """Trains to the end, or until a signal came; returns whether the run is finished. State is on disk either way.
+
+        The main process calls `on_restored` when nothing has been found against going on with the run.
+        """
         self.stop = stop
         if len(set(self.processes.gather(self.base_hash))) > 1:
             raise UserError(
@@ -109,6 +112,7 @@ class ESTrainer:
             )
         self.members_file = MembersFile(self.folder, self.processes.rank)
         self._restore()
+        self.processes.on_main(on_restored)
         bar = progress_bar(
             self.settings.num_iterations,
             "ES",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from alignment.errors import PassingError, UserError
@@ -19,7 +19,7 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def failing_together(accelerator: Accelerator) -> Iterator[None]:
+def failing_together(accelerator: Accelerator | PartialState) -> Iterator[None]:
     """All processes go through this, and none leaves it before the others: what one fails at in it, all raise.
 
     The first rank that failed raises its error, with its trace, and the others a UserError or PassingError of the same words. A

@@ -6,8 +6,9 @@
 
 Stop it with Ctrl-C, SIGTERM, SIGUSR1 or `touch RUN/stop` (the way for several processes, whose launcher keeps signals to
 itself), or let it be killed: the same command goes on where it was. What RUN holds:
-config.yaml, manifest.json, metrics.jsonl, tensorboard/, eval/ (held-out answers with scores), checkpoints/ (to resume from),
-best/ (by the held-out objective) and final/, these two in Hugging Face layout. stopped.json is there while a stopped run
+config.yaml and manifest.json (of the first start), starts.jsonl (the later ones), metrics.jsonl, tensorboard/, eval/ (held-out
+answers with scores), checkpoints/ (to resume from), best/ (by the held-out objective) and final/, these two in Hugging Face
+layout. stopped.json is there while a stopped run
 waits to be gone on with; launchers lose the exit code, so job scripts look at that file.
 """
 
@@ -21,20 +22,38 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from alignment.config import as_yaml
 from alignment.errors import PassingError, UserError, run_main
 from alignment.GRPO.checkpoints import check_weights, check_whole, deciding_of, is_finished, newest_checkpoint, step_of
-from alignment.GRPO.settings import load_settings
+from alignment.GRPO.settings import GRPOSettings, load_settings
 from alignment.prompts import draw_rows, text_hash
 from alignment.records import check_writable_folder, load_prompts, write_json
-from alignment.runs import check_same_run
+from alignment.run_lock import RunLock
+from alignment.runs import StopSignal, check_same_run, record_start, write_run_files
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig
 
 EXIT_STOPPED = 128  # plus the signal's number, as shells do
 
 
 def main() -> int:
     settings = load_settings(description=__doc__)
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"srun has started {tasks} tasks, and each would be a run of its own in {settings.output_dir}: GRPO's processes "
+            f"are started by `accelerate launch --num_processes {tasks} ...` in one task, or by "
+            "sbatch alignment/GRPO/run_grpo_alignment.sh"
+        )
+    with RunLock(Path(settings.output_dir)) as lock:
+        return train_policy(settings, lock)
+
+
+def train_policy(settings: GRPOSettings, lock: RunLock) -> int:
+    """The run, as one of its processes; returns the exit code."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     expected = int(os.environ.get("EXPECTED_PROCESSES") or processes)  # the job script says it
     if processes != expected:
@@ -46,18 +65,20 @@ def main() -> int:
     train_rows = load_prompts(settings.train_jsonl, settings.prompt_key)
     held_out_rows = load_prompts(settings.eval_jsonl, settings.prompt_key)
     folder = Path(settings.output_dir)
-    begun = os.path.exists(folder / "manifest.json")  # no error where one may not look: the folder's check says it
-    if begun and not settings.resume:
-        raise UserError(f"{folder} holds a run already: give another --output_dir, or leave out --resume false")
-    begun_with = deciding_of(folder) if begun else {}
-    checkpoint = newest_checkpoint(folder)
-    if begun:
-        check_same_run(begun_with, settings.deciding(), folder, "--output_dir")
-        if is_finished(folder, settings.max_steps):
-            print(f"{folder} is finished; a larger --max_steps would go on with it")
-            return 0
-    for place in (folder, folder / "checkpoints"):
-        check_writable_folder(place)
+    *_, finished = what_began(folder, settings, processes)  # a mistake is told at once
+    args = None
+    if not finished:  # one that is may lie where nothing can be written
+        for place in (folder, folder / "checkpoints"):
+            check_writable_folder(place)
+        if processes == 1:
+            lock.take()
+        else:
+            args = take_together(lock, settings)
+    begun_with, checkpoint, finished = what_began(folder, settings, processes)  # now nobody else writes there
+    if finished:
+        print(f"{folder} is finished; a larger --max_steps would go on with it")
+        return 0
+    begun = bool(begun_with)
     first = int(os.environ.get("RANK", 0)) == 0
     if first and "STOP_CLEARED" not in os.environ:  # a job script does it before the launcher starts
         for name in ("stop", "stopped.json"):
@@ -67,8 +88,6 @@ def main() -> int:
             raise UserError(
                 f"{folder} holds checkpoints but no manifest.json: what run is that? Give another --output_dir"
             )
-        # Each process has random numbers of its own there.
-        check_same_run(begun_with, {"processes": processes}, folder, "--output_dir")
         check_whole(checkpoint, processes)
     drawn = [row[settings.prompt_key] for row in draw_rows(train_rows, settings.max_samples)]
     held_out = [row[settings.prompt_key] for row in draw_rows(held_out_rows, settings.eval_samples)]
@@ -87,7 +106,6 @@ def main() -> int:
     from alignment.GRPO.trl_config import adapter_config, trl_config, weights_dtype
     from alignment.lagrangian import LagrangeMultiplier
     from alignment.progress import watched
-    from alignment.runs import StopSignal, write_run_files
     from alignment.scoring.client import SAY_EVERY, ScorerClient
     from alignment.scoring.scores import asked_of
     from alignment.scoring.scores import deciding as deciding_part
@@ -104,7 +122,7 @@ def main() -> int:
             print(f"waiting for the scorer, {seconds / 60:.0f} min", file=sys.stderr, flush=True)
 
     with StopSignal() as stop, telling_what_passes(folder):
-        args = trl_config(settings, folder)
+        args = args or trl_config(settings, folder)
         scorer = ScorerClient(
             settings.scorer_url,
             batch_size=settings.scorer_batch_size,
@@ -150,7 +168,9 @@ def main() -> int:
         main_process = trainer.accelerator.is_main_process
         trainer.accelerator.wait_for_everyone()  # all have seen whether the run was there
         if main_process:
-            if not begun:
+            if begun:
+                record_start(folder, as_yaml(settings))
+            else:
                 write_run_files(folder, as_yaml(settings), {"deciding": deciding})
             if len(prompts) < len(drawn):
                 print(
@@ -184,6 +204,42 @@ def stopped(folder: Path, step: int, received: signal.Signals | None, main_proce
         write_json(folder / "stopped.json", {"iteration": step, "signal": received and received.name})
         print(f"stopped after step {step}; go on with: {shlex.join([sys.executable, *sys.argv])}", flush=True)
     return EXIT_STOPPED + (received or signal.SIGTERM)
+
+
+def what_began(folder: Path, settings: GRPOSettings, processes: int) -> tuple[dict, Path | None, bool]:
+    """What the run in `folder` was begun with ({}: there is none), its newest checkpoint, and whether it is finished.
+
+    Raises UserError when this is not that run.
+    """
+    checkpoint = newest_checkpoint(folder)
+    if not os.path.exists(folder / "manifest.json"):  # no error where one may not look: the folder's check says it
+        return {}, checkpoint, False
+    if not settings.resume:
+        raise UserError(f"{folder} holds a run already: give another --output_dir, or leave out --resume false")
+    begun_with = deciding_of(folder)
+    check_same_run(begun_with, settings.deciding(), folder, "--output_dir")
+    finished = is_finished(folder, settings.max_steps)
+    if checkpoint is not None and not finished:
+        # Each process has random numbers of its own there.
+        check_same_run(begun_with, {"processes": processes}, folder, "--output_dir")
+    return begun_with, checkpoint, finished
+
+
+def take_together(lock: RunLock, settings: GRPOSettings) -> GRPOConfig:
+    """The first of several processes takes the lock; they have met before that, so that all end when it is refused.
+
+    Returns the trainer's settings: making them lets the processes meet.
+    """
+    from accelerate import PartialState
+
+    from alignment.GRPO.ranks import failing_together
+    from alignment.GRPO.trl_config import trl_config
+
+    args = trl_config(settings, lock.folder)
+    with failing_together(PartialState()):
+        if PartialState().is_main_process:
+            lock.take()
+    return args
 
 
 if __name__ == "__main__":

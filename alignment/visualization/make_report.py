@@ -37,7 +37,7 @@ from alignment.visualization.training_runs import Run, load_runs
 
 RATINGS = "alignment/outputs/gpt_elo/gpt_elo_ratings.json"
 JUDGMENTS = "alignment/outputs/gpt_elo/gpt_judgments.jsonl"
-RUN_FILES = ("manifest.json", "config.yaml")
+RUN_FILES = ("manifest.json", "config.yaml", "starts.jsonl")
 
 
 @dataclass
@@ -165,7 +165,7 @@ def comparisons(models: Sequence[ModelAnswers], lambda_cost: float, notes: list[
 
 
 def provenance(config: Config, models: Sequence[ModelAnswers], runs: Sequence[Run], command: str) -> list[dict]:
-    """Titles and texts: this command and its versions, each model's summary, each run's manifest and settings."""
+    """Titles and texts: this command and its versions, each model's summary, each run's manifest, settings and later starts."""
     versions = "\n".join(f"{name} {version(name)}" for name in ("bokeh", "matplotlib", "numpy"))
     parts = [{"title": "this report", "text": f"{command}\n\n{versions}"}]
     for model in models:
