@@ -405,7 +405,8 @@ def test_killed_within_a_group_it_goes_on_to_the_same_run(undisturbed, tiny_poli
         return FakeScorer.scores(body)
 
     def saved_members() -> set[int]:
-        return {row["member"] for path in run.glob("members.*.jsonl") for row in read_jsonl(path)}
+        rows = [row for path in run.glob("members.*.jsonl") for row in read_jsonl(path)]
+        return {row["member"] for row in rows if row["iteration"] == max(row["iteration"] for row in rows)}
 
     with FakeScorer(answer) as scorer:
         process = subprocess.Popen(
@@ -480,9 +481,13 @@ def test_every_batch_of_a_resumed_run_is_one_of_the_run_that_was_not_stopped(tin
 
     with FakeScorer() as scorer:
         whole, wanted = train(tmp_path / "whole", scorer)
-        # Held out, the eight members of iteration 0, then -1 and 0: the third of the next group fails.
+        # Held out, the eight members of iteration 0, then -1 and 0: member 1 fails.
         first, _ = train(tmp_path / "parts", scorer, gone_at=1 + 8 + 2 + 1)
-        assert finished_members(tmp_path / "parts", 1).keys() == {-1, 0}
+        saved = finished_members(tmp_path / "parts", 1).keys()
+        assert saved in (
+            {-1, 0},
+            {-1, 0, 2},
+        )  # two threads score: the member after the one that failed may have its scores
         second, found = train(tmp_path / "parts", scorer)
     assert found == wanted
     assert set(first) | set(second) == set(whole)

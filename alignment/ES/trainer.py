@@ -38,24 +38,22 @@ from tqdm import tqdm
 from alignment.distributed import Processes
 from alignment.errors import UserError
 from alignment.ES import advice
-from alignment.ES.fitness import FitnessRule, shape, usable_scores
+from alignment.ES.fitness import FitnessRule
 from alignment.ES.journal import Journal, MembersFile, finished_members
 from alignment.ES.low_rank import LowRankWeights
-from alignment.ES.noise import member_seed
+from alignment.ES.model_card import model_card
 from alignment.ES.policy_weights import open_weights
 from alignment.ES.settings import ESSettings
+from alignment.ES.step import UNPERTURBED, direction, population_step
 from alignment.evaluation.held_out import is_best, measures_row, score_answers, summary_line, with_ids
 from alignment.generation import Engine, Generation
 from alignment.lagrangian import LagrangeMultiplier
-from alignment.objective import MAX_MISSING_SHARE
 from alignment.progress import progress_bar, watched
 from alignment.prompts import iteration_prompts, text_hash
-from alignment.records import finite_or_none, read_jsonl, read_object, to_json, write_json, write_jsonl
+from alignment.records import finite_or_none, read_jsonl, read_object, write_json, write_jsonl
 from alignment.runs import MetricsLog, StopSignal, atomic_directory
 from alignment.scoring.scores import WaitingScorer
 from alignment.scoring.scores import deciding as deciding_part
-
-UNPERTURBED = -1  # the member number of theta itself, which lambda and the training curve are taken from
 
 
 class _Stopped(Exception):
@@ -299,11 +297,11 @@ class ESTrainer:
         self.bar.set_description(f"ES member {group[0] + 1}{last}/{s.population_size}")
         before = time.perf_counter()
         if isinstance(self.weights, LowRankWeights):  # the engine holds theta: the step and _restore put it there
-            members = [{} if m == UNPERTURBED else self.weights.member(*self._direction(t, m)) for m in group]
+            members = [{} if m == UNPERTURBED else self.weights.member(*direction(s, t, m)) for m in group]
         elif group[0] == UNPERTURBED:
             self.weights.restore()
         else:
-            self.weights.perturb(*self._direction(t, group[0]))
+            self.weights.perturb(*direction(s, t, group[0]))
         between = time.perf_counter()
         if self.low_rank:
             self.engine.generate_members(
@@ -313,13 +311,6 @@ class ESTrainer:
             on_answers(group[0], self.engine.generate(prompts, s.max_new_tokens))
         seconds["perturb"] += between - before
         seconds["generate"] += time.perf_counter() - between
-
-    def _direction(self, t: int, member: int) -> tuple[int, float]:
-        """The seed of a member's noise and its signed scale."""
-        s = self.settings
-        if s.antithetic:
-            return member_seed(s.global_seed, t, member // 2), s.sigma if member % 2 == 0 else -s.sigma
-        return member_seed(s.global_seed, t, member), s.sigma
 
     def _score_member(self, t: int, member: int, prompts: list[str], answers: list[Generation]) -> dict:
         """Runs in a scoring thread; the row is what the members file keeps."""
@@ -348,68 +339,16 @@ class ESTrainer:
 
     def _step(self, t: int, done: dict[int, dict]) -> dict:
         """Moves theta and lambda; returns the journal's row with the metrics in it. The same on every process."""
-        s = self.settings
-        order = (UNPERTURBED, *range(s.population_size))
-        rewards = np.array([done[member]["rewards"] for member in order], dtype=np.float64)  # (1 + N, B), None -> NaN
-        costs = np.array([done[member]["costs"] for member in order], dtype=np.float64)
-        members, usable = usable_scores(rewards, costs)
-        missing = ~(np.isfinite(rewards) & np.isfinite(costs))
-        if missing.mean() > MAX_MISSING_SHARE or not usable.any() or not members[0]:
-            reasons = sorted({reason for member in order for reason in done[member]["errors"]})
-            raise UserError(
-                f"iteration {t}: {missing.sum()} of {missing.size} scores are missing "
-                f"({'; '.join(reasons) or 'no reason given'}), too many to learn from the rest. Mend the scorer, then start "
-                "the same command again"
-            )
-        lam = self.multiplier.value
-        kept = np.flatnonzero(members[1:])  # member numbers
-        fitness = self.rule.member_fitness(rewards[1:][kept][:, usable], costs[1:][kept][:, usable], lam)
-        if s.shuffle_fitness:
-            used = np.random.default_rng([s.global_seed, t, 1]).permutation(fitness)
-        else:
-            used = fitness
-        weights: dict[int, float] = {}  # seed -> coefficient; a pair's two members share a seed
-        for member, u in zip(kept.tolist(), shape(used, s.fitness_shaping).tolist(), strict=True):
-            seed, scale = self._direction(t, member)
-            weights[seed] = weights.get(seed, 0.0) + (u if scale >= 0 else -u) * s.alpha / len(kept)
-        seeds, coefficients = list(weights), list(weights.values())
-        self.weights.step(seeds, coefficients)
-        own_rewards, own_costs = rewards[0, usable], costs[0, usable]
-        constraint = self.multiplier.update(own_costs)
-        total = {
-            name: sum(done[member][name] for member in order) for name in ("tokens", "unfinished", "cut", "truncated")
-        }
-        metrics = {
-            "kind": "train",
-            "iteration": t,
-            "reward_mean": float(own_rewards.mean()),
-            "cost_mean": float(own_costs.mean()),
-            "objective": float((own_rewards - lam * own_costs).mean()),
-            "safe_ratio": 100.0 * float((own_costs <= 0).mean()),
-            "fitness_mean": float(fitness.mean()),
-            "fitness_std": float(fitness.std()),
-            "fitness_max": float(fitness.max()),
-            "lambda_used": lam,
-            **constraint,
-            "prompts_left_out": int((~usable).sum()),
-            "members_lost": s.population_size - len(kept),
-            "scored": missing.size,
-            "scores_missing": int(missing.sum()),
-            "unfinished_share": total["unfinished"] / missing.size,
-            "cut_share": total["cut"] / missing.size,
-            "truncated_share": total["truncated"] / missing.size,
-            "distinct_share": done[UNPERTURBED]["distinct"] / missing.shape[1],
-            "tokens": total["tokens"],
-        }
+        step = population_step(self.settings, self.rule, t, done, self.multiplier.value)
+        self.weights.step(step.seeds, step.coefficients)
+        constraint = self.multiplier.update(step.costs)
         return {
             "iteration": t,
-            "seeds": seeds,
-            "fitness": [
-                float(fitness[kept.tolist().index(m)]) if members[m + 1] else None for m in range(s.population_size)
-            ],
-            "coefficients": coefficients,
+            "seeds": step.seeds,
+            "fitness": step.fitness,
+            "coefficients": step.coefficients,
             "lambda_state": self.multiplier.state_dict(),
-            "metrics": metrics,
+            "metrics": step.metrics | constraint,
         }
 
     # ---- evaluation and checkpoints ----
@@ -464,33 +403,21 @@ class ESTrainer:
 
     def _save_model(self, final: Path, t: int, **state: float | str) -> None:
         """theta in Hugging Face layout, float32, with the trainer's state beside it."""
+        s = self.settings
         self.weights.restore()
         with atomic_directory(final, needed=4 * self.engine.num_parameters) as folder:
-            if self.settings.lora_rank is None:
+            if s.lora_rank is None:
                 self.engine.save_pretrained(folder, self.weights.whole())
             else:  # merged; to go on, the adapters are needed
                 self.engine.save_pretrained(folder)
                 (folder / "adapters").mkdir()  # not among the model's own files: loaders take all that lie there
                 save_file(self.weights.master, folder / "adapters" / "es_weights.safetensors")
-            (folder / "README.md").write_text(self._model_card(t), encoding="utf-8")
+            (folder / "README.md").write_text(
+                model_card(s, t, self.base_hash, self.multiplier.value, self.scorer.identity()), encoding="utf-8"
+            )
             write_json(
                 folder / "trainer_state.json", {"iteration": t, "lambda_state": self.multiplier.state_dict(), **state}
             )
-
-    def _model_card(self, t: int) -> str:
-        """What this model is, from what, by what: enough to tell it from others and to make it again."""
-        s = self.settings
-        identity = self.scorer.identity()
-        return (
-            f"---\nbase_model: {s.policy_model_path}\n---\n\n# Policy after {t} ES steps\n\n"
-            "Aligned with max E[R] - lambda E[C] subject to E[C] <= 0 by Evolution Strategies. A research model: a low cost\n"
-            "score is no guarantee of safety. The licences of the base model, of the score models and of the prompts apply.\n\n"
-            f"| | |\n|---|---|\n| base weights | SHA-256 {self.base_hash} |\n"
-            f"| sigma, alpha, members, prompts a step | {s.sigma}, {s.alpha}, {s.population_size}, {s.batch_size} |\n"
-            f"| perturbation | {s.perturbation}{f', rank {s.rank}' if self.low_rank else ''} |\n"
-            f"| lambda | {self.multiplier.value:.4f} |\n| conversation template | {s.policy_template} |\n"
-            f"| scorer | {to_json(identity)} |\n| weights | float32; journal.jsonl of the run rebuilds them |\n"
-        )
 
     def _save_checkpoint(self, t: int) -> None:
         folder = self.folder / "checkpoints"
