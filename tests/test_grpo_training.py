@@ -389,7 +389,7 @@ def test_adapters_resume_exactly_and_are_saved_merged(tiny_policy, prompts, tmp_
         assert run_script(tiny_policy, scorer.url, prompts, tmp_path / "whole", **settings).returncode == 0
     # one evaluation, two steps, one evaluation; the third step finds no scorer
     with FakeScorer(lambda number, body: FakeScorer.scores(body) if number <= 4 else 503) as scorer:
-        assert run_script(tiny_policy, scorer.url, prompts, tmp_path / "run", **settings).returncode == 2
+        assert run_script(tiny_policy, scorer.url, prompts, tmp_path / "run", **settings).returncode == 75
         scorer.answer = lambda number, body: FakeScorer.scores(body)
         done = run_script(tiny_policy, scorer.url, prompts, tmp_path / "run", **settings)
         assert done.returncode == 0, done.stderr
