@@ -62,7 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server, (system, user) = self.server, [message["content"] for message in body["messages"]]
         self.content = ("helpfulness\n" if "how helpful" in system else "harmlessness\n") + user
-        self.as_json = "response_format" in body
+        self.body, self.as_json = body, "response_format" in body
         with server.lock:
             attempt = server.attempts[self.content]
             server.attempts[self.content] += 1
@@ -141,10 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def act_no_schema(self) -> None:
         """An endpoint without structured output and with the older name of the token limit."""
-        with self.server.lock:
-            body = next(one for one in reversed(self.server.requests) if one["messages"][1]["content"] in self.content)
         for name in ("response_format", "max_completion_tokens"):
-            if name in body:
+            if name in self.body:
                 self.error(400, f"Unknown parameter: '{name}'", code="unknown_parameter")
                 return
         self.act_verdict()

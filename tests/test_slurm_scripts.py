@@ -204,11 +204,12 @@ def test_a_term_after_the_warning_does_not_take_its_place(tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
     ) as job:
-        for word, number in (("up", signal.SIGUSR1), ("stopping", signal.SIGTERM)):
-            while word not in job.stdout.readline():
-                assert job.poll() is None
+        output = ""
+        for word, number in (("up\n", signal.SIGUSR1), ("stopping\n", signal.SIGTERM)):
+            while not output.endswith(word) and (line := job.stdout.readline()):
+                output += line
             job.send_signal(number)
-        output = job.stdout.read()
+        output += job.stdout.read()
     assert (job.returncode, "requeue 7" in output) == (0, True), output
 
 

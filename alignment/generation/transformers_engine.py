@@ -43,8 +43,8 @@ class TransformersEngine(Engine):
         logging.disable_progress_bar()  # the scripts' own bar is the only one
         self.device = find_device(device)
         super().__init__(model_path, template, first_turn_only, batch_size)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # of several processes each has its own GPU
+        if self.device.type == "cuda" and self.device.index is not None:  # of several processes each has its own GPU
+            torch.cuda.set_device(self.device)
         if dtype == "auto":
             dtype = "float32" if self.device.type == "cpu" or self.holds_merged_adapters else "bfloat16"
         self.dtype = getattr(torch, dtype)
