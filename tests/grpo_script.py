@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from alignment.records import read_json, read_jsonl
+from alignment.records import read_json, read_jsonl, write_jsonl
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPT = "alignment/GRPO/train_grpo_alignment.py"
@@ -31,6 +31,13 @@ SMALL = {
     "scorer_max_wait": 3,
     "seed": 7,
 }
+
+
+def write_prompts(folder: Path) -> Path:
+    """The files that `command` names: five prompts to train on and five held out."""
+    write_jsonl(folder / "train.jsonl", [{"prompt": f"question {i}?"} for i in range(5)])
+    write_jsonl(folder / "eval.jsonl", [{"prompt": f"held out {i}"} for i in range(5)])
+    return folder
 
 
 def command(policy, url, prompts, run, *, processes=1, script=SCRIPT, **settings):

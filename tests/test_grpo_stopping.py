@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from fake_scorer import FakeScorer
-from grpo_script import command, same_run
+from grpo_script import command, same_run, write_prompts
 from script_here import run_script
 
 from alignment.generation import TransformersEngine
@@ -21,10 +21,7 @@ SETTINGS = {"max_steps": 3, "eval_every": 2, "save_steps": 100, "scorer_max_wait
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prompts")
-    write_jsonl(folder / "train.jsonl", [{"prompt": f"question {i}?"} for i in range(5)])
-    write_jsonl(folder / "eval.jsonl", [{"prompt": f"held out {i}"} for i in range(5)])
-    return folder
+    return write_prompts(tmp_path_factory.mktemp("prompts"))
 
 
 def grpo(policy, prompts, run, answer=None, **settings):

@@ -15,20 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 from fake_scorer import FakeScorer, score_of
-from grpo_script import REPO, SMALL, command, run_script, same_run
+from grpo_script import REPO, SMALL, command, run_script, same_run, write_prompts
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from alignment.records import read_json, read_jsonl, write_jsonl
+from alignment.records import read_json, read_jsonl
 from alignment.scoring.discovery import Publication, address_path, own_address
 
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prompts")
-    write_jsonl(folder / "train.jsonl", [{"prompt": f"question {i}?"} for i in range(5)])
-    write_jsonl(folder / "eval.jsonl", [{"prompt": f"held out {i}"} for i in range(5)])
-    return folder
+    return write_prompts(tmp_path_factory.mktemp("prompts"))
 
 
 @pytest.fixture(scope="module")
