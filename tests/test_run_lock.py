@@ -184,7 +184,7 @@ def test_all_processes_end_when_the_first_is_refused(tmp_path, prompts):
                 f"error: another run is at work in {run}: process {os.getpid()} on {platform.node()}, since "
                 + lock_time(before)
             }
-            assert len(lines) == (1 if method == "es" else 2)
+            assert len(lines) in ((1,) if method == "es" else (1, 2))  # torchrun may end the second before it has said it
         assert (run / ".lock").read_text() == before
 
 
