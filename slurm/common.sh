@@ -9,8 +9,8 @@
 # How a job survives. Before the time limit, SLURM sends USR1 to the script (#SBATCH --signal=B:USR1@300). It is passed on;
 # the trainer saves and ends with 128 + USR1; the script then queues its own job again, MAX_RESTARTS times at most, and the
 # same command goes on where the run was. So it does after exit code 75: the scorer stayed away. TERM is passed on too: it
-# comes from scancel, which ends the job, and from preemption, after which SLURM itself queues the job again (#SBATCH
-# --requeue). `run` waits in the background, because bash runs no trap while it waits for a command in the foreground.
+# comes from scancel, which ends the job (also while it saves), and from preemption, after which SLURM itself queues the job
+# again (#SBATCH --requeue). `run` waits in the background, because bash runs no trap while it waits for a command in the foreground.
 
 STOPPED=138 # 128 + SIGUSR1: saved and stopped, as the trainers say; also what is left of a script that a USR1 ended
 PASSING=75  # no scorer answered for long; all is saved (alignment/errors.py)
@@ -177,10 +177,18 @@ finish() {
         echo "error: $what; queued again $restarts times already (MAX_RESTARTS): submit it again to go on" >&2
         exit "$code"
     fi
-    echo "$what, queued again"
     # Of an array, this task alone: the SLURM_JOB_ID of one of its tasks is the number of the whole array.
     local job="$SLURM_JOB_ID"
     if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"; fi
+    # While it saved, scancel may have come. Its TERM looks like that of the time limit; SLURM knows which it was.
+    case "$(scontrol show job "$job" 2>/dev/null)" in
+    *Reason=TimeLimit*) ;;
+    *JobState=CANCELLED* | *JobState=COMPLETING*)
+        echo "$what, and cancelled: not queued again"
+        exit "$code"
+        ;;
+    esac
+    echo "$what, queued again"
     if ! scontrol requeue "$job"; then
         echo "error: $what, but SLURM does not queue this job again: submit it again to go on" >&2
         exit "$code"

@@ -48,14 +48,16 @@ class FakeScorer:
                 fake.connections.append(self.connection)
 
             def do_GET(self):
+                if self.path != "/health" and self.refused():
+                    return
                 self.reply(
                     200, {"status": "healthy", "device": "cpu", "instance": fake.instance, "identity": fake.identity}
                 )
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if fake.token is not None and self.headers.get("Authorization") != f"Bearer {fake.token}":
-                    return self.reply(401, {"detail": "this scorer wants its token"})
+                if self.refused():
+                    return None
                 with fake.counting:
                     fake.requests.append(body)
                     number = len(fake.requests)
@@ -68,6 +70,12 @@ class FakeScorer:
                 if isinstance(result, int):
                     return self.reply(result, {"detail": "as the test wants"})
                 return self.reply(200, result)
+
+            def refused(self) -> bool:
+                if fake.token is None or self.headers.get("Authorization") == f"Bearer {fake.token}":
+                    return False
+                self.reply(401, {"detail": "this scorer wants its token"})
+                return True
 
             def reply(self, status, content):
                 data = json.dumps(content).encode()

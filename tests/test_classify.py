@@ -451,6 +451,23 @@ def test_local_data_set(tmp_path, tiny_policy, scorer_flags):
         script.main([*flags, "--split", "train", "--model_name", "n", *scorer_flags])
 
 
+def test_a_scorer_is_looked_for_before_answers_are_generated(tmp_path, tiny_policy, prompts, monkeypatch, capsys):
+    flags = ["--policy_model_path", str(tiny_policy), "--from_jsonl", str(prompts), "--output_dir", str(tmp_path)]
+    flags += ["--model_name", "m", "--device", "cpu", "--policy_max_new_tokens", "2", "--scorer_url"]
+    with FakeScorer() as scorer:
+        scorer.token = "another"
+        with pytest.raises(UserError, match="wants its token"):
+            script.main([*flags, scorer.url])
+    assert not (tmp_path / "m_generations.jsonl").exists()
+
+    # One that is not there may come later: it is told of, and the answers are kept.
+    monkeypatch.setattr(script, "FIRST_LOOK", 0.0)
+    monkeypatch.setattr(script, "open_scorer", lambda config: Scorer(()))
+    script.main([*flags, scorer.url])
+    assert "warning: scorer " in (told := capsys.readouterr().err) and "15 minutes" in told
+    assert (tmp_path / "m_summary.json").exists()
+
+
 def test_a_score_model_that_is_not_there_is_told_before_answers_are_generated(tmp_path):
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "p"}])
     flags = ["--policy_model_path", str(tmp_path / "no_policy"), "--from_jsonl", str(tmp_path / "prompts.jsonl")]

@@ -340,6 +340,31 @@ def test_one_task_of_an_array_is_queued_again_alone(cluster):
         assert starts == [2 if task == stops else 1 for task in range(3)], cluster.report(job)
 
 
+def test_a_job_that_is_cancelled_while_it_saves_is_not_queued_again_and_at_its_time_limit_it_is(cluster):
+    script, trainer = cluster.folder / "job.sh", cluster.folder / "trainer.sh"
+    trainer.write_text(
+        "trap 'echo saving' USR1\ntrap stop=yes TERM\necho up\n"
+        'until [ -n "${stop:-}" ]; do sleep 0.2; done\nsleep 3\nexit 138\n'
+    )
+    script.write_text(
+        '#!/bin/bash\n. slurm/common.sh\nbegin_job\nif [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then finish 0; fi\n'
+        f'run bash {trainer} || code=$?\nfinish "$code"\n'
+    )
+    options = ("--requeue", "--open-mode=append", "--signal=B:USR1@50")
+    limited = cluster.submit(str(script), options=("--time=1", *options))
+    cancelled = cluster.submit(str(script), options=options)
+    until(lambda: "up" in cluster.log(cancelled), "the start of the job to be cancelled")
+    slurm("scancel", "--signal=USR1", "--batch", cancelled)
+    until(lambda: "saving" in cluster.log(cancelled), "the job that saves")
+    slurm("scancel", cancelled)
+    assert cluster.finish(cancelled, limited) == {cancelled: "CANCELLED", limited: "COMPLETED"}, cluster.report(
+        cancelled, limited
+    )
+    assert "stopped and saved, and cancelled: not queued again" in cluster.log(cancelled)
+    for job, starts in ((cancelled, 1), (limited, 2)):
+        assert cluster.log(job).count("== job") == starts, cluster.report(job)
+
+
 def test_an_array_index_past_the_sweeps_and_a_second_cluster_are_refused(cluster):
     job = "alignment/evaluation/classify_reward_cost_unified.sh"
     refused = cluster.plain("slurm/submit.sh", "--array=0-3", job)

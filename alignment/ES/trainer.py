@@ -45,7 +45,7 @@ from alignment.ES.model_card import model_card
 from alignment.ES.policy_weights import open_weights
 from alignment.ES.settings import ESSettings
 from alignment.ES.step import UNPERTURBED, direction, population_step
-from alignment.evaluation.held_out import is_best, measures_row, score_answers, summary_line, with_ids
+from alignment.evaluation.held_out import is_best, measures_row, samples, score_answers, summary_line, with_ids
 from alignment.generation import Engine, Generation
 from alignment.lagrangian import LagrangeMultiplier
 from alignment.progress import progress_bar, watched
@@ -398,8 +398,7 @@ class ESTrainer:
         self.metrics.log(row, t)
         tqdm.write(summary_line(t, row))
         if self.settings.verbose:
-            for point in points[:3]:
-                tqdm.write(f"  {point['label']}  {point['prompt'][:80]!r} -> {point['response'][:120]!r}")
+            tqdm.write(samples(points))
 
     def _save_model(self, final: Path, t: int, **state: float | str) -> None:
         """theta in Hugging Face layout, float32, with the trainer's state beside it."""

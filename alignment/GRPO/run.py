@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl.models import unwrap_model_for_generation
 
 from alignment.errors import UserError
-from alignment.evaluation.held_out import is_best, score_held_out, summary_line
+from alignment.evaluation.held_out import is_best, samples, score_held_out, summary_line
 from alignment.generation import Generation
 from alignment.GRPO.checkpoints import checkpoints_of, newest_checkpoint, step_of
 from alignment.GRPO.ranks import Stopped, failing_together, on_any
@@ -209,8 +209,7 @@ class Run(TrainerCallback):
         metrics.log(row, step)
         tqdm.write(summary_line(step, row))
         if self.settings.verbose:
-            for point in points[:3]:
-                tqdm.write(f"  {point['label']}  {point['prompt'][:80]!r} -> {point['response'][:120]!r}")
+            tqdm.write(samples(points))
 
     def _generate_held_out(self) -> list[Generation]:
         """In the prompts' order, with the policy as it is now."""

@@ -13,7 +13,7 @@ well-formed answer to this very prompt is XX. It is the check that a rising scor
 
 Convention: a response has no leading space. It stands directly after "ASSISTANT:", as in the published data.
 
-To look at some of the rows:
+To look at the first eight pairs (one JSON object a line):
 
     python alignment/demo/data.py
 """

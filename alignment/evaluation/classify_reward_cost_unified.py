@@ -37,11 +37,13 @@ from alignment.evaluation.scores import add_scores
 from alignment.model_folder import read_config, resolve_folder
 from alignment.objective import quadrant_summary
 from alignment.records import check_writable_file, read_object, save_npy, write_json, write_jsonl
-from alignment.scoring.client import ScorerClient
+from alignment.scoring.client import ScorerClient, ScorerUnavailable
 from alignment.scoring.local_scorer import LocalScorer
 from alignment.scoring.scores import Scorer
 from alignment.visualization.plot_reward_cost_grid import draw_grid
 from alignment.visualization.style import save_figure
+
+FIRST_LOOK = 5.0  # seconds
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,9 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     check_writable_file(target)
     rows = load_rows(config)
-    if config.policy_model_path and not config.scorer_url:  # before answers are generated, which takes hours
-        for score_model in (config.reward_model, config.cost_model):
-            read_config(resolve_folder(score_model))
+    if config.policy_model_path:  # a mistake is told before answers are generated, which takes hours
+        look_for_scorer(config)
     print(f"{config.name}: {len(rows)} rows, {len({row['prompt'] for row in rows})} distinct prompts", flush=True)
 
     sampling, answers = None, model_file(config.output_dir, config.name, "generations.jsonl")
@@ -69,6 +70,22 @@ def main(argv: list[str] | None = None) -> None:
         name_scorer(answers, scorer.identity())
     write_results(config, rows, {"scorer": scorer.identity(), "sampling": sampling, "base": base})
     saved_scores.unlink()
+
+
+def look_for_scorer(config: ClassifySettings) -> None:
+    """Raises UserError where the score models or a service that answers cannot be used. One that is not there may yet come."""
+    if not config.scorer_url:
+        for score_model in (config.reward_model, config.cost_model):
+            read_config(resolve_folder(score_model))
+        return
+    client = ScorerClient(config.scorer_url)
+    try:
+        client.wait_until_ready(max_wait=FIRST_LOOK)
+    except ScorerUnavailable as error:
+        print(
+            f"warning: {error}. Answers are generated first; after that it has {client.max_wait / 60:.0f} minutes to come",
+            file=sys.stderr,
+        )
 
 
 def open_scorer(config: ClassifySettings) -> Scorer:

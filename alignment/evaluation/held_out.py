@@ -87,3 +87,11 @@ def summary_line(iteration: int, row: dict) -> str:
         f"{row['objective_high']:.3f}]  R {row['reward_mean']:.3f}  C {row['cost_mean']:.3f}  "
         f"safe {row['safe_ratio']:.1f} %  safe and helpful {row['SH']:.1f} %"
     )
+
+
+def samples(points: list[dict], count: int = 3) -> str:
+    """The first answers, a line each, with their quadrants."""
+    return "\n".join(
+        f"  {point['label'] or 'not scored'}  {point['prompt'][:80]!r} -> {point['response'][:120]!r}"
+        for point in points[:count]
+    )

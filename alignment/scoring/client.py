@@ -103,7 +103,13 @@ class ScorerClient:
         """
         for endpoint in self._endpoints:
             endpoint.verified = False
-        self._persist(self._verify, 0, _Call(self._tell), self.max_wait if max_wait is None else max_wait)
+
+        def attempt(endpoint: Endpoint, left: float) -> None:
+            self._verify(endpoint, left)
+            # /health wants no token: a wrong one is told here, and not after hours of generation.
+            endpoint.ask("GET", "/info", None, min(HEALTH_TIMEOUT, left))
+
+        self._persist(attempt, 0, _Call(self._tell), self.max_wait if max_wait is None else max_wait)
         for endpoint in self._endpoints:
             if not endpoint.verified:
                 with contextlib.suppress(Retry):  # away or loading: it can join later

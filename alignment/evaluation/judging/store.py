@@ -134,9 +134,8 @@ def verdict_of(record: dict, tie_threshold: float, where: object) -> Verdict:
         raise UserError(f"{where}: the dimension {record['dimension']!r} is not one of {', '.join(DIMENSIONS)}")
     scores = (float(scores[0]), float(scores[1])) if scores else None
     result = result_of(scores, tie_threshold) if scores else TIE
-    asked = (
-        scores is not None or "key" not in record
-    )  # published lines without scores are replies that were not understood
+    # Published lines, which have no key, say with null scores that the reply was not understood.
+    asked = scores is not None or "key" not in record
     return Verdict(record["dimension"], names[2], names[0], names[1], result, scores, asked)
 
 
