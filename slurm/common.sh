@@ -10,10 +10,14 @@
 # the trainer saves and ends with 128 + USR1; the script then queues its own job again, MAX_RESTARTS times at most, and the
 # same command goes on where the run was. So it does after exit code 75: the scorer stayed away. TERM is passed on too: it
 # comes from scancel, which ends the job (also while it saves), and from preemption, after which SLURM itself queues the job
-# again (#SBATCH --requeue). `run` waits in the background, because bash runs no trap while it waits for a command in the foreground.
+# again (#SBATCH --requeue); with a grace time srun's tasks get TERM first, and the script then queues the job again. `run` waits in the background, because bash runs no trap while it waits for a command in the foreground.
 
 STOPPED=138 # 128 + SIGUSR1: saved and stopped, as the trainers say; also what is left of a script that a USR1 ended
+TERMED=143  # 128 + SIGTERM
 PASSING=75  # no scorer answered for long; all is saved (alignment/errors.py)
+
+# What says what a job does; a site file that exports one of these for other programs does not win over the job's own.
+JOB_SETTINGS="BETA BETAS CONFIG_FILE EXPERIMENT_ID FORCE OUTPUT_DIR PROCESSES SCORER_HOST SCORER_JOB_ID SCORER_URL SEED SWEEP"
 
 fail() {
     echo "error: $*" >&2
@@ -51,10 +55,11 @@ load_site() {
         esac
         if [ "$name" != "${name// /}" ]; then fail "$file, line ${line%%:*}: no space before the = of ${name// /}"; fi
     done < <(grep -nE '^[A-Za-z_][A-Za-z0-9_]* *=' "$file")
-    problem="$(bash -ec '. "$1"' bash "$(realpath "$file")" 2>&1 >/dev/null)" || fail "$file: ${problem##*$'\n'}"
+    problem="$(bash -ec '. "$1"' bash "$(realpath "$file")" 2>&1 >/dev/null | tail -n 1; exit "${PIPESTATUS[0]}")" ||
+        fail "$file: ${problem:-its last command failed: instead of 'test && command' write if}"
 
     local -A before=()
-    for name in $names; do
+    for name in $names $JOB_SETTINGS; do
         if [ -n "${!name+set}" ]; then before[$name]="${!name}"; fi
     done
     set -a
@@ -151,9 +156,17 @@ run() {
     return "$code"
 }
 
-# Whether a scorer will come: not when SLURM has no job that is the experiment's scorer.
+# Whether a scorer will come: not when SLURM has no job that is the experiment's scorer. That of train_with_scorer.sh runs in
+# the same job, and comes again with it.
 scorer_may_come() {
-    [ -z "${EXPERIMENT_ID:-}" ] || [ -n "$(squeue --noheader --me --name="scorer.$EXPERIMENT_ID,scorer_service" 2>&1)" ]
+    [ -z "${EXPERIMENT_ID:-}" ] || [ "${SCORER_JOB_ID:-}" = "$SLURM_JOB_ID" ] || [ -n "$(squeue --noheader --me --name="scorer.$EXPERIMENT_ID,scorer_service" 2>&1)" ]
+}
+
+# The experiment's scorer, where it waits in SLURM's queue: what this job then waits for, without counting restarts meanwhile.
+pending_scorer() {
+    [ -n "${EXPERIMENT_ID:-}" ] || return 0
+    squeue --noheader --me --name="scorer.$EXPERIMENT_ID" --states=PENDING,RUNNING --format="%T %i" 2>/dev/null |
+        awk '$1 == "RUNNING" { runs = 1 } { id = $2 } END { if (id && !runs) print id }'
 }
 
 # finish CODE ["stopped after step 3"]: ends the script with the command's exit code; a job that saved and stopped at the
@@ -161,6 +174,8 @@ scorer_may_come() {
 finish() {
     local code="$1" what="${2:-stopped and saved}" restarts="${SLURM_RESTART_COUNT:-0}"
     in_job || exit "$code"
+    # A TERM that came to the program alone, and not to this script, is the beginning of a preemption's grace time.
+    if [ "$code" = "$TERMED" ] && [ -z "${received:-}" ]; then code="$STOPPED"; fi
     case "$code" in
     "$STOPPED") ;;
     "$PASSING")
@@ -194,7 +209,12 @@ finish() {
         exit "$code"
     fi
     # A scorer that waits in the queue is not waited for on GPUs.
-    if [ "$code" = "$PASSING" ]; then scontrol update "jobid=$job" "starttime=now+${SCORER_PAUSE:-900}" || true; fi
+    if [ "$code" = "$PASSING" ]; then
+        local until="starttime=now+${SCORER_PAUSE:-900}" scorer_job
+        scorer_job="$(pending_scorer)"
+        if [ -n "$scorer_job" ]; then until="dependency=after:$scorer_job"; fi
+        scontrol update "jobid=$job" "$until" || true
+    fi
     exit 0
 }
 

@@ -106,6 +106,8 @@ class _Answers(BaseHTTPRequestHandler):
         if hub.stop_after is not None and name.endswith(".safetensors"):
             self.wfile.write(content[start : start + hub.stop_after])
             time.sleep(60)
+            self.close_connection = True
+            return
         self.wfile.write(content[start:])
 
     def reply(self, status: int, content: bytes, headers: dict | None = None):

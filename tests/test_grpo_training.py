@@ -442,7 +442,7 @@ def test_the_job_script_sweeps_saves_before_the_limit_and_is_queued_again(tiny_p
     def answer(number, body):
         if number == 2 + 2 + 1:  # two evaluations, two steps, then the third
             third.set()
-            while not (run / "stop").exists():
+            while not (run / "stop.77.0").exists():
                 time.sleep(0.05)
         return FakeScorer.scores(body)
 
@@ -476,17 +476,21 @@ def test_the_job_script_sweeps_saves_before_the_limit_and_is_queued_again(tiny_p
 
 @pytest.mark.slow
 def test_a_stop_during_start_up_is_heeded_and_an_old_one_is_not(tiny_policy, prompts, tmp_path):
-    run, job = tmp_path / "run", {"STOP_CLEARED": "yes"}  # as the job script says it
+    run, job = tmp_path / "run", {"LAUNCH_ID": "7.0"}  # as the job script says it
     run.mkdir()
-    (run / "stop").touch()  # it came after the job script had looked
+    (run / "stop.7.0").touch()  # it came before the processes looked
+    for name in ("stop", "stop.6.0"):  # of an earlier launch
+        (run / name).touch()
     began = time.monotonic()
     away = run_script(tiny_policy, "http://127.0.0.1:9", prompts, run, environment=job, scorer_max_wait=60)
     assert (away.returncode, time.monotonic() - began < 50) == (143, True), away.stderr
-    assert read_json(run / "stopped.json") == {"iteration": 0, "signal": None}
+    assert read_json(run / "stopped.json") == {"iteration": 0, "signal": None, "launch": "7.0"}
+    assert {path.name for path in run.glob("stop*")} == {"stop.7.0", "stopped.json"}
     with FakeScorer() as scorer:
         early = run_script(tiny_policy, scorer.url, prompts, run, environment=job)
         assert early.returncode == 143, early.stderr
-        assert read_json(run / "stopped.json") == {"iteration": 0, "signal": None}  # in the held-out evaluation
+        told = read_json(run / "stopped.json")
+        assert told == {"iteration": 0, "signal": None, "launch": "7.0"}  # in the held-out evaluation
         done = run_script(tiny_policy, scorer.url, prompts, run)
     assert done.returncode == 0, done.stderr
-    assert not (run / "stop").exists() and not (run / "stopped.json").exists()
+    assert not list(run.glob("stop*"))

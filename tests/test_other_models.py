@@ -323,7 +323,11 @@ def make_classifier(kind: str, seed: int, folder: Path) -> Path:
         config = t.Qwen2Config(**sizes, vocab_size=264, num_key_value_heads=1, **ends)
     else:
         encoder_tokenizer(folder)
-        config = t.DebertaV2Config(**sizes, vocab_size=98, pad_token_id=0, type_vocab_size=0, relative_attention=True)
+        ends = {"vocab_size": 98, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        if kind == "roberta":
+            config = t.RobertaConfig(**sizes | {"max_position_embeddings": 130}, **ends, type_vocab_size=1)
+        else:
+            config = t.DebertaV2Config(**sizes, **ends, type_vocab_size=0, relative_attention=True)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(str(folder))
     return folder
 
@@ -358,6 +362,19 @@ def test_encoder_classifiers_score_a_pair_of_texts(tmp_path):
     for folder, got in zip(folders, (scores.rewards, scores.costs), strict=True):
         for pair, value in zip(PAIRS, got, strict=True):
             assert value == pytest.approx(logit(folder, input_ids=tokenizer(*pair)["input_ids"]), abs=1e-5)
+
+
+def test_robertas_last_position_is_not_the_last_row_of_its_table(tmp_path):
+    """Its positions are numbered from its padding's id + 1 on: a longer text would be an error on every GPU for good."""
+    folders = [str(make_classifier("roberta", seed, tmp_path / str(seed))) for seed in (1, 2)]
+    with pytest.raises(UserError, match="MAX_LENGTH is 130, the model reads up to 129 tokens"):
+        LocalScorer(*folders, template="{prompt}[SEP]", max_length=130)
+    scores = LocalScorer(*folders, template="{prompt}[SEP]", max_length=129).score(["p", "p"], ["x" * 200, "x"])
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    cut = tokenizer("p", "x" * 200)["input_ids"][:128] + [2]
+    assert scores.truncated == [True, False]
+    for ids, value in zip((cut, tokenizer("p", "x")["input_ids"]), scores.rewards, strict=True):
+        assert value == pytest.approx(logit(Path(folders[0]), input_ids=ids), abs=1e-5)
 
 
 def test_models_that_share_all_but_the_chat_template_get_their_own(tmp_path):

@@ -21,7 +21,6 @@ from alignment.scoring.discovery import (
     Publication,
     ScorerNotFound,
     address_path,
-    contains,
     find_from_environment,
     find_scorer,
     job_state,
@@ -87,12 +86,19 @@ def test_by_experiment_then_job_then_identity(tmp_path):
         assert find_scorer(tmp_path, job_id="3").url == b.url
         assert find_scorer(tmp_path, experiment_id="a", job_id="2").url == a2.url
         a1.identity = a1.identity | {"dtype": "bfloat16"}
-        assert find_scorer(tmp_path, "a", expected_identity={"dtype": "bfloat16"}).url == a1.url
+        assert find_scorer(tmp_path, "a", expected_identity=a1.identity).url == a1.url
+        # What the scorer has beyond the expected identity decides as well (float8), but for what old identities lack.
+        a1.identity = a1.identity | {"fp8": True}
+        with pytest.raises(ScorerNotFound, match=f"{a1.url}.*: another identity"):
+            find_scorer(tmp_path, "a", "1", b.identity | {"dtype": "bfloat16"})
+        assert find_scorer(tmp_path, "a", "1", a1.identity).url == a1.url
+        a2.identity = a2.identity | {"backend": "own"}
+        assert find_scorer(tmp_path, "a", "2", b.identity).url == a2.url
         assert find_scorer(tmp_path, "a", None, a2.identity | {"fp8_error": {"texts": 24}}).url == a2.url
         with pytest.raises(ScorerNotFound, match=r"no scorer of experiment c, job 1 answers"):
             find_scorer(tmp_path, "c", "1")
         with pytest.raises(ScorerNotFound, match=f"{b.url}.*: another identity"):
-            find_scorer(tmp_path, job_id="3", expected_identity={"dtype": "float16"})
+            find_scorer(tmp_path, job_id="3", expected_identity=b.identity | {"dtype": "float16"})
 
 
 def test_several_are_an_error_that_lists_them(tmp_path):
@@ -189,6 +195,29 @@ def test_a_starting_scorer_takes_stale_files_away(tmp_path, monkeypatch):
     assert sorted(left) == sorted(["5", "another-node", socket.gethostname()])
 
 
+def test_jobs_of_another_cluster_with_the_same_home_are_unknown_here(tmp_path, monkeypatch):
+    squeue(monkeypatch, tmp_path / "bin", {})  # "Invalid job id"
+    with scorer(tmp_path, None, "6", cluster="a"), scorer(tmp_path, None, "7", cluster="b"):
+        pass
+    mine = own_address("http://127.0.0.1:1", "x", {"SLURM_JOB_ID": "9", "SLURM_CLUSTER_NAME": "b"})
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "b")
+    with pytest.raises(ScorerNotFound) as caught:
+        find_scorer(tmp_path)
+    assert "job 7 is gone: a stale file" in str(caught.value) and "job 6 is" not in str(caught.value)
+    assert [name.split("-")[0] for name in remove_stale(tmp_path, mine)] == ["job7"]
+
+
+def test_waiting_trainers_ask_slurm_once_a_minute(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(discovery, "job_state", lambda job: asked.append(job) or "RUNNING")
+    with scorer(tmp_path, None, "61"):
+        pass
+    for _ in range(3):
+        with pytest.raises(ScorerNotFound, match="job 61 is RUNNING"):
+            find_scorer(tmp_path)
+    assert asked == ["61"]
+
+
 def test_slurms_word(monkeypatch, tmp_path):
     squeue(monkeypatch, tmp_path / "bin", {"1": "PENDING"})
     assert (job_state("1"), job_state("2"), job_state("down")) == ("PENDING", "gone", None)
@@ -275,20 +304,6 @@ def test_a_check_takes_the_old_address_away(tmp_path):
     path.write_text("{}")
     Publication(path, own_address("http://127.0.0.1:1", "x", {}), None).check()
     assert list(tmp_path.glob("address*")) == []
-
-
-@pytest.mark.parametrize(
-    ("whole", "part", "fits"),
-    [
-        ({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1}}, True),
-        ({"a": {"b": 1}}, {"a": {"b": 2}}, False),
-        ({"a": 1}, {"b": None}, False),
-        (None, {}, False),
-        ({}, {}, True),
-    ],
-)
-def test_parts_of_an_identity(whole, part, fits):
-    assert contains(whole, part) is fits
 
 
 def test_a_silent_port_does_not_hold_the_search_up(tmp_path, monkeypatch):

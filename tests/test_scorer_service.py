@@ -161,14 +161,12 @@ def test_health_answers_while_the_worker_scores(service):
     body = {"prompts": ["hi"] * 1500, "responses": [f"{i} " + "word " * (i % 30) for i in range(1500)]}
     thread = threading.Thread(target=service.post, args=("/score_batch", body))
     thread.start()
-    slowest = 0.0
-    while thread.is_alive():
-        began = time.monotonic()
+    answers = 0
+    while thread.is_alive():  # if it waited for the scores there would be one answer, and that at the end
         assert requests.get(service.url + "/health", timeout=10).status_code == 200
-        slowest = max(slowest, time.monotonic() - began)
-        time.sleep(0.02)
+        answers += thread.is_alive()
     thread.join()
-    assert slowest < 1.0
+    assert answers > 5
 
 
 def test_no_text_in_the_log(service):

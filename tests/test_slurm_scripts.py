@@ -111,6 +111,9 @@ def test_the_environment_wins_over_site_env_and_export_is_for_others(tmp_path):
     assert load(site, show=show).stdout == "3|--time=5 --mem=1G|INFO\n1\n"
     assert load(site, show=show, MAX_RESTARTS="9").stdout.startswith("9|")
     assert load(site, show='"$SCORER_URL."', SCORER_URL="").stdout == ".\n"
+    # What an experiment asks of its jobs is not for the site to change, also where it is exported for other programs.
+    site.write_text("export OUTPUT_DIR=/scratch BETAS=9\n")
+    assert load(site, show='"$OUTPUT_DIR|$BETAS"', OUTPUT_DIR="runs").stdout == "runs|9\n"
 
 
 @pytest.mark.parametrize(
@@ -122,6 +125,7 @@ def test_the_environment_wins_over_site_env_and_export_is_for_others(tmp_path):
         ("VENV='x\n", "unexpected EOF"),
         ("VENV=$(cat /nowhere)\n", "/nowhere: No such file"),
         ("mdoule load cuda\n", "mdoule: command not found"),
+        ("[ -d /nowhere ] && export A=1\n", "its last command failed: instead of 'test && command' write if"),
     ],
 )
 def test_a_mistake_in_site_env_is_one_line(tmp_path, text, told):
@@ -213,25 +217,38 @@ def test_a_term_after_the_warning_does_not_take_its_place(tmp_path):
     assert (job.returncode, "requeue 7" in output) == (0, True), output
 
 
+def test_a_term_to_the_program_alone_is_a_preemptions_grace_time(tmp_path):
+    """srun's tasks hear it and save; the script does not, and nobody else would queue the job again."""
+    path = fake(tmp_path, "scontrol", 'echo "$*"\n')
+    job = '. slurm/common.sh; received=; code=0; run bash -c "exit 143" || code=$?; {}finish "$code"'
+    preempted = bash("-c", job.format(""), PATH=path, SLURM_JOB_ID="7")
+    assert (preempted.returncode, "requeue 7" in preempted.stdout) == (0, True), preempted.stderr
+    cancelled = bash("-c", job.format("received=TERM; "), PATH=path, SLURM_JOB_ID="7")
+    assert (cancelled.returncode, "requeue" in cancelled.stdout) == (143, False)
+
+
 @pytest.mark.parametrize(
     ("queue", "environment", "expected", "told"),
     [
+        ("PENDING 12", {}, 0, "queued again\nrequeue 7\nupdate jobid=7 dependency=after:12\n"),
+        ("RUNNING 13\nPENDING 12", {}, 0, "update jobid=7 starttime=now+900\n"),
+        ("", {"SCORER_JOB_ID": "7"}, 0, "update jobid=7 starttime=now+900\n"),  # train_with_scorer.sh: in the same job
         (
-            "12 R",
+            "RUNNING 12",
             {},
             0,
             "stopped and saved for want of a scorer, queued again\nrequeue 7\nupdate jobid=7 starttime=now+900\n",
         ),
         ("", {}, 75, "SLURM has no job of its scorer, scorer.e: submit one, and this again\n"),
         ("", {"EXPERIMENT_ID": ""}, 0, "queued again\nrequeue 7\n"),  # a scorer by hand: who knows
-        ("12 R", {"SLURM_RESTART_COUNT": "2"}, 75, "queued again 2 times already (MAX_RESTARTS)"),
+        ("RUNNING 12", {"SLURM_RESTART_COUNT": "2"}, 75, "queued again 2 times already (MAX_RESTARTS)"),
         (
-            "12 R",
+            "RUNNING 12",
             {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1", "SCORER_PAUSE": "3"},
             0,
             "jobid=5_1 starttime=now+3\n",
         ),
-        ("12 R", {"received": "TERM"}, 75, ""),
+        ("RUNNING 12", {"received": "TERM"}, 75, ""),
     ],
 )
 def test_a_job_whose_scorer_stays_away_is_queued_again_while_one_may_come(tmp_path, queue, environment, expected, told):
@@ -340,13 +357,31 @@ def test_nodes_that_are_runs_of_their_own_are_refused(tmp_path):
     assert told.stderr.startswith("error: the launcher made a group of 1 processes where the job has 2: ")
 
 
-def test_what_an_earlier_start_left_goes_before_the_launcher_starts(tmp_path):
-    """The training script would do it after loading, and lose a warning that came meanwhile."""
-    (tmp_path / "beta_0.01").mkdir()
-    for name in ("stop", "stopped.json"):
-        (tmp_path / "beta_0.01" / name).touch()
-    grpo_job(tmp_path)
-    assert list((tmp_path / "beta_0.01").iterdir()) == []
+def test_a_launch_neither_stops_nor_believes_another_one_in_its_folder(tmp_path):
+    """The same job submitted twice: the second one waits for the lock, and is cancelled or warned meanwhile."""
+    run = tmp_path / "beta_0.01"
+    run.mkdir()
+    (run / "stopped.json").write_text(of_another := '{"iteration": 3, "signal": null, "launch": "6.0"}')
+    waits = 'while [ ! -e "$OUTPUT_DIR/beta_0.01/stop.$LAUNCH_ID" ]; do sleep 0.1; done; exit 1'
+    fake(tmp_path, "python", f'[ "$1" = -c ] || {{ echo up; {waits}; }}\n')
+    environment = {"PATH": fake(tmp_path, "scontrol", 'echo "$*"\n'), "PYTHON": "python", "SITE_ENV": "/dev/null"}
+    environment |= {"OUTPUT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
+    with subprocess.Popen(
+        ["bash", GRPO],
+        cwd=REPO,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as job:
+        while (line := job.stdout.readline()) not in ("up\n", ""):
+            pass
+        assert line
+        job.send_signal(signal.SIGUSR1)
+        output = job.stdout.read()
+    assert (job.returncode, "requeue" in output) == (1, False), output
+    assert [path.name for path in run.iterdir()] == ["stopped.json"]
+    assert (run / "stopped.json").read_text() == of_another
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from alignment.generation import Generation
 from alignment.GRPO.checkpoints import checkpoints_of, newest_checkpoint, step_of
 from alignment.GRPO.ranks import Stopped, failing_together, on_any
 from alignment.GRPO.settings import GRPOSettings
+from alignment.GRPO.stop_files import stop_asked
 from alignment.GRPO.trainer import BrokenStep, ConstrainedGRPOTrainer
 from alignment.progress import progress_bar, watched
 from alignment.prompts import text_hash
@@ -101,8 +102,8 @@ class Run(TrainerCallback):
         return False
 
     def _stopping(self) -> bool:
-        """A signal came, or someone made a file called `stop` in the run folder: launchers keep signals from the processes."""
-        return bool(self.stop) or (self.folder / "stop").exists()
+        """A signal came, or a file in its place."""
+        return bool(self.stop) or stop_asked(self.folder)
 
     def _stop_if_told(self) -> None:
         """Raises Stopped on all processes when one of them is told to stop, unless nothing but final/ is left to do.

@@ -11,7 +11,7 @@
 # Further arguments go to train_grpo_alignment.py and win over the file (--output_dir and --beta are the settings below).
 # Submit it from the repository root. The runs are OUTPUT_DIR/beta_<value>, so that a task that was killed, preempted or
 # requeued goes on where its run was; five minutes before the time limit (a step must end, and optimiser states of 7B weights
-# take their time) the run saves and the task is queued again. Settings, from the environment or slurm/site.env:
+# take their time) the run saves and the task is queued again. Settings, from the environment:
 #   BETAS               values of beta, one an array task      0.01 0.1
 #   CONFIG_FILE         settings of the runs                   alignment/GRPO/grpo_alignment.yaml
 #   ACCELERATE_CONFIG   GPUs and how they share the model      alignment/GRPO/accelerate_4gpu_zero2.yaml
@@ -55,10 +55,11 @@ scorer_flag
 wandb_flag
 
 # The launcher keeps signals from the training processes; they look for this file after every step, batch of held-out
-# answers and checkpoint.
+# answers and checkpoint. It is for this launch alone: another job may be at work in the folder, and refuse this one.
+export LAUNCH_ID="${SLURM_JOB_ID:-$$}.${SLURM_RESTART_COUNT:-0}"
 stop_child() {
     mkdir -p "$folder"
-    touch "$folder/stop"
+    touch "$folder/stop.$LAUNCH_ID"
 }
 
 nodes="${SLURM_JOB_NUM_NODES:-1}"
@@ -96,17 +97,17 @@ elif ! grep -qs '^main_process_port:' "$accelerate"; then
     launcher+=(--main_process_port "${MASTER_PORT:-0}") # 0: one that is free; two tasks on a node would race for 29500
 fi
 
-# What an earlier start has left; a stop that comes from now on is heeded, however long loading takes.
-rm -f "$folder/stop" "$folder/stopped.json"
-export STOP_CLEARED=yes
+rm -f "$folder/stop.$LAUNCH_ID" # of an earlier process with this number, without SLURM
 echo "beta ${beta}, run ${folder}"
 code=0
 run "${launcher[@]}" alignment/GRPO/train_grpo_alignment.py --config "$config" \
     --beta "$beta" --seed "${SEED:-42}" --output_dir "$folder" "${scorer[@]}" "${wandb[@]}" "$@" || code=$?
-# Launchers lose the exit code; the file says that the run saved and stopped, and why. After a TERM this script queues nothing.
-if [ -f "$folder/stopped.json" ]; then
+rm -f "$folder/stop.$LAUNCH_ID"
+# Launchers lose the exit code; the file says that this launch saved and stopped, and why.
+if grep -qs "\"launch\": \"$LAUNCH_ID\"" "$folder/stopped.json"; then
     what="stopped after step $(sed -n 's/.*"iteration": \([0-9]*\).*/\1/p' "$folder/stopped.json")"
     if grep -q "\"exit_code\": $PASSING" "$folder/stopped.json"; then finish "$PASSING" "$what"; fi
+    if grep -q '"signal": "SIGTERM"' "$folder/stopped.json"; then finish "$TERMED" "$what"; fi
     if [ "$received" = USR1 ]; then finish "$STOPPED" "$what"; fi
 fi
 finish "$code"

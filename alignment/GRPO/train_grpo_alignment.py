@@ -28,8 +28,9 @@ from alignment.config import as_yaml
 from alignment.errors import PassingError, UserError, run_main
 from alignment.GRPO.checkpoints import check_weights, check_whole, deciding_of, is_finished, newest_checkpoint, step_of
 from alignment.GRPO.settings import GRPOSettings, load_settings
+from alignment.GRPO.stop_files import forget_earlier, stop_asked, tell_stopped
 from alignment.prompts import draw_rows, text_hash
-from alignment.records import check_writable_folder, load_prompts, write_json
+from alignment.records import check_writable_folder, load_prompts
 from alignment.run_lock import RunLock
 from alignment.runs import StopSignal, check_same_run, record_start, write_run_files
 
@@ -72,6 +73,7 @@ def train_policy(settings: GRPOSettings, lock: RunLock) -> int:
             check_writable_folder(place)
         if processes == 1:
             lock.take()
+            forget_earlier(folder)
         else:
             args = take_together(lock, settings)
     begun_with, checkpoint, finished = what_began(folder, settings, processes)  # now nobody else writes there
@@ -80,9 +82,6 @@ def train_policy(settings: GRPOSettings, lock: RunLock) -> int:
         return 0
     begun = bool(begun_with)
     first = int(os.environ.get("RANK", 0)) == 0
-    if first and "STOP_CLEARED" not in os.environ:  # a job script does it before the launcher starts
-        for name in ("stop", "stopped.json"):
-            (folder / name).unlink(missing_ok=True)
     if checkpoint is not None:
         if not begun:
             raise UserError(
@@ -115,7 +114,7 @@ def train_policy(settings: GRPOSettings, lock: RunLock) -> int:
     def show_waiting(seconds: float) -> None:
         """Ends the waiting once a stop came. On a terminal, without a bar yet, a line a minute; else the client says it."""
         nonlocal told
-        if (folder / "stop").exists():
+        if stop_asked(folder):
             raise Stopped
         if watched() and seconds - told >= SAY_EVERY:
             told = seconds
@@ -194,14 +193,14 @@ def telling_what_passes(folder: Path) -> Iterator[None]:
     except PassingError as error:
         with contextlib.suppress(UserError):
             step = step_of(newest_checkpoint(folder))
-            write_json(folder / "stopped.json", {"iteration": step, "signal": None, "exit_code": error.exit_code})
+            tell_stopped(folder, step, signal=None, exit_code=error.exit_code)
         raise
 
 
 def stopped(folder: Path, step: int, received: signal.Signals | None, main_process: bool) -> int:
     """Says that the run stopped after `step`, for job scripts in a file; returns the exit code."""
     if main_process:
-        write_json(folder / "stopped.json", {"iteration": step, "signal": received and received.name})
+        tell_stopped(folder, step, signal=received and received.name)
         print(f"stopped after step {step}; go on with: {shlex.join([sys.executable, *sys.argv])}", flush=True)
     return EXIT_STOPPED + (received or signal.SIGTERM)
 
@@ -239,6 +238,7 @@ def take_together(lock: RunLock, settings: GRPOSettings) -> GRPOConfig:
     with failing_together(PartialState()):
         if PartialState().is_main_process:
             lock.take()
+            forget_earlier(lock.folder)
     return args
 
 

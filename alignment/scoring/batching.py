@@ -25,7 +25,7 @@ from collections.abc import Iterator
 import torch
 
 from alignment.scoring.packed import PackedForward, to_device
-from alignment.scoring.score_model import SafeRlhfScore, ScoreModel, SequenceClassifier
+from alignment.scoring.score_model import SafeRlhfScore, ScoreModel, SequenceClassifier, longest_text
 
 WIDTH_STEP = 16
 ROWS = (16, 8, 4, 2, 1)  # largest first
@@ -54,7 +54,7 @@ class BatchScorer:
         self.packed = packed
         self.tokens_per_batch = tokens_per_batch
         self.device = next(model.parameters()).device
-        self.max_width = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+        self.max_width = longest_text(model) or sys.maxsize
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self.large = self.device.type == "cpu" and parameters > LARGE_ON_CPU
         self.can_batch = isinstance(model, ScoreModel) and not self.large

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import socket
@@ -34,13 +35,16 @@ import requests
 from alignment.config import script_parser
 from alignment.errors import UserError, run_main
 from alignment.records import read_json, write_json
-from alignment.scoring.scores import deciding
+from alignment.scoring.scores import asked_of, deciding
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 HEALTH_SECONDS = 5.0
 SQUEUE_SECONDS = 10.0
+JOB_STATE_SECONDS = 60.0  # that a job's state is kept, where it is only told
 GONE = "gone"  # a job that SLURM no longer knows
 JOB_OVER = {GONE, "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
+
+_job_states: dict[str, tuple[float, str | None]] = {}  # job -> when it was asked (monotonic), SLURM's word
 
 
 class ScorerNotFound(UserError):
@@ -61,6 +65,7 @@ class Address:
     experiment_id: str | None = None
     token_file: str | None = None
     identity: dict | None = None  # None while the models load
+    cluster: str | None = None  # SLURM's name of it: job numbers are its own, and several may share a home
 
     def where(self) -> str:
         """One line for people."""
@@ -124,6 +129,7 @@ def own_address(url: str, instance: str, env: Mapping[str, str], token_file: str
         instance=instance,
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         job_id=env.get("SLURM_JOB_ID") or None,
+        cluster=env.get("SLURM_CLUSTER_NAME") or None,
         restarts=int(restarts) if restarts.isdecimal() else 0,
         experiment_id=env.get("EXPERIMENT_ID") or None,
         token_file=token_file,
@@ -140,6 +146,8 @@ def remove_stale(logs_dir: str | Path, mine: Address) -> list[str]:
     """Removes files of scorers that are known to be gone, earlier starts of this job among them; returns their names."""
     removed = []
     for path, other in read_addresses(logs_dir).items():
+        if other.cluster not in (None, mine.cluster):
+            continue  # its jobs are unknown here
         older = mine.job_id is not None and other.job_id == mine.job_id and other.restarts < mine.restarts
         if older or (is_gone(other) and ask_state(other).name == "silent"):
             with contextlib.suppress(OSError):
@@ -165,9 +173,9 @@ def find_scorer(
 ) -> Address:
     """The one scorer that fits what is given, with the identity that it has now (None while it loads).
 
-    `expected_identity` may be a part of an identity; with it, a scorer that still loads does not fit yet. `known` is the
-    scorer that the caller had: of several it is taken, else the one at its address, else the one of its job. Raises
-    ScorerNotFound when none fits, UserError when several do (with `known` ScorerNotFound too: it may come back).
+    With `expected_identity` a scorer that still loads does not fit yet. `known` is the scorer that the caller had: of several it
+    is taken, else the one at its address, else the one of its job. Raises ScorerNotFound when none fits, UserError when several
+    do (with `known` ScorerNotFound too: it may come back).
     """
     folder = scorer_folder(logs_dir)
     addresses = [
@@ -181,7 +189,7 @@ def find_scorer(
     for address, state in zip(addresses, states, strict=True):
         if state.reason:
             others.append(f"{address.where()}: {state.reason}{stale_hint(address)}")
-        elif expected_identity is None or contains(state.identity, deciding(expected_identity)):
+        elif expected_identity is None or fits(state.identity, expected_identity):
             found.append(replace(address, identity=state.identity))
         else:
             others.append(f"{address.where()}: {'still loading' if state.identity is None else 'another identity'}")
@@ -267,8 +275,14 @@ def ask_state(address: Address) -> State:
 
 
 def stale_hint(address: Address) -> str:
-    """What SLURM says about a silent scorer's job, in words."""
-    state = job_state(address.job_id) if address.job_id else None
+    """What SLURM says about a silent scorer's job, in words. Waiting trainers ask often, and slurmctld serves all users."""
+    here = os.environ.get("SLURM_CLUSTER_NAME") or address.cluster
+    if address.job_id is None or here != (address.cluster or here):
+        return ""
+    asked, state = _job_states.get(address.job_id, (-math.inf, None))
+    if time.monotonic() - asked >= JOB_STATE_SECONDS:
+        state = job_state(address.job_id)
+        _job_states[address.job_id] = time.monotonic(), state
     if state is None:
         return ""
     return f", job {address.job_id} is {state}" + (": a stale file" if state in JOB_OVER else "")
@@ -296,11 +310,9 @@ def process_lives(pid: int) -> bool:
     return True
 
 
-def contains(whole: object, part: object) -> bool:
-    """Whether every key of `part` has the same value in `whole`, at every depth."""
-    if isinstance(part, dict):
-        return isinstance(whole, dict) and all(key in whole and contains(whole[key], part[key]) for key in part)
-    return whole == part
+def fits(identity: dict | None, expected: dict) -> bool:
+    """Whether a client that expects this identity would take the scorer; not while it loads and has none."""
+    return identity is not None and asked_of(expected, identity) == deciding(expected)
 
 
 def write_secret(path: Path, secret: str) -> None:

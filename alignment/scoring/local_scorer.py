@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from alignment.conversation import Encoded, Template, get_template, load_tokenizer
 from alignment.device import find_device
@@ -23,7 +23,14 @@ from alignment.model_folder import check_ids, config_hash, read_config, resolve_
 from alignment.scoring.batching import BatchScorer
 from alignment.scoring.calibration import Calibration, read_calibration
 from alignment.scoring.packed import STEP, TOKENS, PackedForward, can_pack, check_fp8
-from alignment.scoring.score_model import load_score_model, score_backend
+from alignment.scoring.score_model import (
+    SafeRlhfScore,
+    ScoreModel,
+    SequenceClassifier,
+    load_score_model,
+    longest_text,
+    score_backend,
+)
 from alignment.scoring.scores import Scores
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -253,7 +260,7 @@ class LocalScorer:
         read_config(folder)  # the tokenizer's complaint about a folder without one would mislead
         tokenizer = load_tokenizer(folder, self.reference)
         model = load_score_model(folder, DTYPES[self.dtype], self.device)
-        check_fit(folder, tokenizer, model.config, self.max_length)
+        check_fit(folder, tokenizer, model, self.max_length)
         return (
             tokenizer,
             model,
@@ -337,8 +344,14 @@ def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bo
     return (a.eos_token_id, a.chat_template) == (b.eos_token_id, b.chat_template)
 
 
-def check_fit(folder: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, max_length: int) -> None:
+def check_fit(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    model: ScoreModel | SequenceClassifier | SafeRlhfScore,
+    max_length: int,
+) -> None:
     """Raises UserError when tokenizer, model and max_length cannot belong together."""
+    config = model.config
     # Added tokens, too: nobody looks for their ids in the texts, as is done with a policy's prompts.
     check_ids(folder, max(tokenizer.get_vocab().values()), config.vocab_size)
     end = config.eos_token_id
@@ -347,7 +360,7 @@ def check_fit(folder: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrain
             f"{folder}: the tokenizer ends a text with id {tokenizer.eos_token_id}, config.json with {end}: they do not"
             " belong together"
         )
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = longest_text(model)
     if limit and max_length > limit:
         raise UserError(f"{folder}: MAX_LENGTH is {max_length}, the model reads up to {limit} tokens")
     if max_length < 2:

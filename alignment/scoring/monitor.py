@@ -133,7 +133,7 @@ class Monitor:
 
 
 class Minder(threading.Thread):
-    """Writes the summary line, and tries again what failed (`chores`), once a minute."""
+    """Writes the summary line, and does `chores` (tries again what failed, looks whether the GPU hangs), once a minute."""
 
     def __init__(self, monitor: Monitor, queue: WorkQueue, chores: Callable[[], None]) -> None:
         super().__init__(name="scorer-minder", daemon=True)

@@ -209,6 +209,15 @@ def load_score_model(
     return ScoreModel.from_pretrained(folder, dtype, device)
 
 
+def longest_text(model: ScoreModel | SequenceClassifier | SafeRlhfScore) -> int | None:
+    """How many tokens it can read, None for any number. RoBERTa's family numbers positions from its padding's id + 1 on."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return limit
+
+
 def score_backend() -> str:
     """Whose classes score: SCORE_BACKEND. Raises UserError for one that there is not."""
     backend = os.environ.get("SCORE_BACKEND") or BACKENDS[0]

@@ -42,6 +42,7 @@ from alignment.scoring.worker import DeviceBroken, Worker, WorkQueue
 DEFAULT_PORT = 8000
 PORTS_TRIED = 100  # from the default one on, when no port was asked for
 EXIT_FAILED = 1
+HANGS_AFTER = 2  # times SCORER_STUCK_SECONDS, in one round on a GPU
 
 log = logging.getLogger("scorer")
 
@@ -166,7 +167,18 @@ def main() -> int:
     monitor, jobs, limits = Monitor(), WorkQueue(settings.limits.max_queued_tokens), settings.limits
     monitor.watch(jobs)
     worker = Worker(settings, jobs, monitor, on_ready, on_failure)
-    minder = Minder(monitor, jobs, announcements.catch_up)
+
+    def chores() -> None:
+        announcements.catch_up()
+        seconds = monitor.seconds_in_round()
+        if worker.scorer is not None and hangs(worker.scorer.device.type, seconds, limits.stuck_seconds):
+            # Nothing interrupts a kernel or a collective. The job script starts the service again.
+            log.error("the GPU hangs: one round for %.0f s; start the service again", seconds)
+            announcements.remove()
+            sys.stdout.flush()
+            os._exit(EXIT_FAILED)
+
+    minder = Minder(monitor, jobs, chores)
     server = Server(
         uvicorn.Config(
             build_app(worker, settings.auth, limits, instance, announcements.about, settings.log_texts),
@@ -216,6 +228,11 @@ def main() -> int:
         sys.stdout.flush()
         os._exit(code)
     return code
+
+
+def hangs(device_type: str, seconds_in_round: float, stuck_seconds: float) -> bool:
+    """Whether a round will never end. On a CPU it may just be slow."""
+    return device_type == "cuda" and seconds_in_round > HANGS_AFTER * stuck_seconds
 
 
 def environment_help() -> str:
