@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from grpo_trainer import StubScorer, make_settings, make_trainer, rows_of
@@ -9,6 +11,7 @@ from torch.nn import functional
 
 from alignment.GRPO.run import Run
 from alignment.GRPO.trainer import BrokenStep, ConstrainedGRPOTrainer
+from alignment.records import read_json, read_jsonl, write_json
 from alignment.runs import StopSignal
 
 
@@ -33,6 +36,41 @@ def test_the_static_cache_samples_what_the_dynamic_one_does(tiny_policy, tmp_pat
     assert said["static", 0] == said["dynamic", 0]
     assert said["static", 1] == said["dynamic", 1]
     assert said["static", 0] != said["static", 1]
+
+
+def test_the_policys_generation_config_does_not_bend_what_is_sampled(tiny_policy, tmp_path):
+    """TRL leaves what it does not set to the model's own: the loss would be of another distribution than the samples."""
+    policy = shutil.copytree(tiny_policy, tmp_path / "policy")
+    bent = {"do_sample": True, "min_p": 0.99, "no_repeat_ngram_size": 1, "num_beams": 2}
+    write_json(policy / "generation_config.json", read_json(policy / "generation_config.json") | bent)
+    samples = []
+    for number, folder in enumerate((tiny_policy, policy)):
+        trainer = make_trainer(folder, tmp_path / str(number), StubScorer())
+        samples.append(trainer._generate_and_score_completions(rows_of(trainer))["completion_ids"])
+    assert torch.equal(*samples)
+
+
+def test_kl_and_entropy_are_of_all_sampled_tokens(tiny_policy, tmp_path):
+    """TRL's are means of passes, and one whose completions teach nothing counts as 0: both fall when scores grow equal."""
+    rows = {}
+    for name, changes in (("live", {}), ("one group equal", {}), ("passes", {"per_device_train_batch_size": 1})):
+
+        def change(prompts, responses, rewards, costs, equal=name != "live"):
+            if equal:
+                rewards[:4] = costs[:4] = 1.0
+            return rewards, costs
+
+        trainer = make_trainer(tiny_policy, tmp_path / name, StubScorer(change), max_steps=2, **changes)
+        with StopSignal() as stop:
+            Run(make_settings(max_steps=2, eval_every=100), trainer, ["held out"], tmp_path / name, stop).train()
+        rows[name] = [row for row in read_jsonl(tmp_path / name / "metrics.jsonl") if row["kind"] == "train"]
+    first = [rows[name][0] for name in rows]
+    assert all(row["entropy"] == pytest.approx(first[0]["entropy"], rel=1e-5) for row in first)  # the same samples
+    assert all(row["kl"] == pytest.approx(0.0, abs=1e-9) for row in first)
+    assert (
+        rows["passes"][1]["kl"] == pytest.approx(rows["one group equal"][1]["kl"], rel=1e-3)
+        and rows["passes"][1]["kl"] > 0
+    )
 
 
 def test_attention_of_cudnn_is_not_used(tiny_policy, tmp_path):

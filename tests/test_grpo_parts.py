@@ -369,6 +369,24 @@ def test_equal_rewards_do_not_move_the_weights(tiny_policy, tmp_path):
     assert all(torch.equal(seen[1][name], seen[3][name]) for name in seen[0])
 
 
+def test_a_step_of_answers_that_are_all_masked_does_not_move_the_weights(tiny_policy, tmp_path):
+    """mask_truncated_completions: no token is left to train on, though advantages are not 0."""
+    changes = {"mask_truncated_completions": True, "max_completion_length": 1, "max_steps": 3}
+    trainer = make_trainer(tiny_policy, tmp_path, StubScorer(), **changes)
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    momentum = []
+
+    class Watch(TrainerCallback):
+        def on_optimizer_step(self, *_, **__):
+            momentum.append(len(trainer.optimizer.state))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert not trainer.teaches and trainer._verdict.taught.any()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+    assert momentum == [0, 0, 0]  # not even AdamW's
+
+
 @pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup"])
 def test_a_constant_learning_rate_warms_up_when_told_to(tiny_policy, tmp_path, schedule):
     trainer = make_trainer(tiny_policy, tmp_path, StubScorer(), lr_scheduler_type=schedule, warmup_steps=2)

@@ -164,6 +164,42 @@ def test_processes_agree_on_what_is_done_when_one_sees_files_late(tiny_policy, p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("late", [3, 1000])
+def test_processes_go_on_from_the_same_checkpoint(undisturbed, tiny_policy, prompts, tmp_path, late):
+    """One that sees the newest one late waits for it; otherwise it would train at another step, and then hang."""
+    run, settings = tmp_path / "run", {"processes": 2, "save_steps": 1}
+    with FakeScorer() as scorer:
+        done = run_script(tiny_policy, scorer.url, prompts, run, **settings, max_steps=2)
+        assert done.returncode == 0, done.stderr
+        script = {"script": "tests/grpo_rank_late.py", "environment": {"LATE": str(late)}}
+        done = run_script(tiny_policy, scorer.url, prompts, run, **settings, **script, max_steps=3)
+    assert (done.returncode == 0) == (late == 3), done.stderr
+    steps = [row["iteration"] for row in read_jsonl(run / "metrics.jsonl") if row["kind"] == "train"]
+    assert steps == ([0, 1, 2] if late == 3 else [0, 1])
+    if late == 1000:
+        assert "as newest checkpoints those of the steps 2, 1: its file system shows files late" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_what_takes_less_memory(undisturbed, tiny_policy, prompts, tmp_path):
+    """To the same weights but for the order of sums."""
+    run, less = (
+        tmp_path / "run",
+        {"per_device_train_batch_size": 1, "eval_batch_size": 1, "gradient_checkpointing": "true"},
+    )
+    with FakeScorer() as scorer:
+        done = run_script(tiny_policy, scorer.url, prompts, run, max_steps=3, save_steps=3)
+        assert done.returncode == 0, done.stderr
+        done = run_script(tiny_policy, scorer.url, prompts, run, **less)
+    assert done.returncode == 0, done.stderr
+    ours, whole = (load_file(folder / "final" / "model.safetensors") for folder in (run, undisturbed))
+    for name, tensor in whole.items():
+        assert torch.allclose(ours[name], tensor, atol=1e-5), name
+    rows = read_jsonl(run / "starts.jsonl")
+    assert rows[0]["changed"]["per_device_train_batch_size"] == [2, 1]
+
+
+@pytest.mark.slow
 def test_kill_9_costs_the_steps_since_the_last_checkpoint(undisturbed, tiny_policy, prompts, tmp_path):
     run = tmp_path / "run"
 

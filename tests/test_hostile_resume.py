@@ -449,7 +449,32 @@ def test_checkpoints_of_a_run_without_its_manifest(tiny_policy, prompts, grpo_ru
     run = shutil.copytree(grpo_run, tmp_path / "run")
     (run / "manifest.json").unlink()
     line = refused(*grpo(tiny_policy, NOBODY, prompts, run, max_steps=2))
-    assert "holds checkpoints but no manifest.json" in line and "another --output_dir" in line
+    assert "holds checkpoints, metrics.jsonl, eval, best, final but no manifest.json" in line
+    assert "another --output_dir" in line
+    shutil.rmtree(run / "checkpoints")  # the rest would be taken for the new run's
+    line = refused(*grpo(tiny_policy, NOBODY, prompts, run, max_steps=2))
+    assert "holds metrics.jsonl, eval, best, final but no manifest.json" in line
+
+
+def test_a_checkpoint_of_deepspeed_is_not_gone_on_with_without_it(
+    tiny_policy, prompts, grpo_run, tmp_path, monkeypatch
+):
+    """transformers would begin with a new optimizer and schedule, and say nothing."""
+    run = shutil.copytree(grpo_run, tmp_path / "run")
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    told = "this start is with DeepSpeed: start it with the ACCELERATE_CONFIG that the run began with"
+    assert told in refused(*grpo(tiny_policy, NOBODY, prompts, run, max_steps=2))
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (checkpoint / name).unlink()
+    (checkpoint / "latest").write_text("global_step1")
+    assert told.replace("is with", "is without") in refused(*grpo(tiny_policy, NOBODY, prompts, run, max_steps=2))
+
+
+def test_weights_that_are_trained_are_not_in_16_bits(tiny_policy, prompts, tmp_path):
+    line = refused(*grpo(tiny_policy, NOBODY, prompts, tmp_path / "run", dtype="bfloat16"))
+    assert "most steps of AdamW would be rounded away" in line and not (tmp_path / "run").exists()
 
 
 def test_other_settings_or_base_weights_of_a_grpo_run(tiny_policy, prompts, scorer, grpo_run, tmp_path):

@@ -25,7 +25,7 @@ from alignment.errors import UserError
 from alignment.evaluation import classify_reward_cost_unified as classify
 from alignment.generation import TransformersEngine
 from alignment.GRPO.turns import own_turn
-from alignment.records import read_jsonl, write_jsonl
+from alignment.records import read_json, read_jsonl, write_jsonl
 from alignment.scoring.client import ScorerClient
 from alignment.scoring.local_scorer import LocalScorer
 
@@ -90,7 +90,15 @@ def make_policy(family: str, folder: Path) -> None:
         small = sizes | {"num_key_value_heads": 1, "tie_word_embeddings": True, "vocab_size": 264}
         config = t.Qwen3Config(**small, head_dim=16, **ends) if base else t.Qwen2Config(**small, **ends)
         model = t.AutoModelForCausalLM.from_config(config)
-        told = {"repetition_penalty": 1.5, "top_k": 5, "top_p": 0.8, "do_sample": True}
+        told = {
+            "repetition_penalty": 1.5,
+            "top_k": 5,
+            "top_p": 0.8,
+            "do_sample": True,
+            "num_beams": 3,
+            "min_new_tokens": 5,
+        }
+        told |= {"suppress_tokens": list(range(200)), "exponential_decay_length_penalty": [1, 5.0], "min_p": 0.9}
         told |= {"eos_token_id": 256 if base else [258, 256]}
     else:
         more = [] if family == "mistral" else ["<start_of_turn>", "<end_of_turn>"]  # 355, 356
@@ -223,7 +231,9 @@ def test_a_saved_policy_is_whole_and_ends_where_this_one_does(policies, family, 
     engine = TransformersEngine(policies(family), template="chat")
     engine.save_pretrained(tmp_path)
     again = TransformersEngine(tmp_path, template="chat")
-    assert set(again.model.generation_config.eos_token_id) == set(engine.end_ids)
+    assert set(again.end_ids) == set(engine.end_ids)
+    told, kept = (read_json(folder / "generation_config.json") for folder in (policies(family), tmp_path))
+    assert all(kept[name] == value for name, value in told.items() if name != "eos_token_id")  # for others who read it
     assert again.weights_hash() == engine.weights_hash()
     assert again.template.render("Hi") == engine.template.render("Hi")
 

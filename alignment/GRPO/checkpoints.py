@@ -62,12 +62,18 @@ def deciding_of(folder: Path) -> dict:
     return deciding
 
 
-def check_whole(checkpoint: Path, processes: int) -> None:
-    """Raises UserError when a file is missing or damaged that going on needs.
+def check_whole(checkpoint: Path, processes: int, deepspeed: bool) -> None:
+    """Raises UserError when a file is missing or damaged that going on needs, with DeepSpeed or without.
 
     transformers would begin with a new optimizer, schedule or random state, and say nothing of it.
     """
-    for path in _state_files(checkpoint, processes):
+    of_deepspeed, plain = ((checkpoint / name).is_file() for name in ("latest", "optimizer.pt"))
+    if of_deepspeed != plain and of_deepspeed != deepspeed:
+        raise UserError(
+            f"{checkpoint} keeps the optimizer as {'others do' if deepspeed else 'DeepSpeed does'}, and this start is "
+            f"{'with' if deepspeed else 'without'} DeepSpeed: start it with the ACCELERATE_CONFIG that the run began with"
+        )
+    for path in _state_files(checkpoint, processes, deepspeed):
         if not path.is_file():
             raise UserError(f"{checkpoint} lacks {path.name}, without which going on is not exact; {_REMOVE}")
         if path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
@@ -101,9 +107,9 @@ def check_weights(checkpoint: Path, model: nn.Module) -> None:
         raise UserError(f"{checkpoint} holds no or other weights for {some_keys(sorted(wrong))}; {_REMOVE}")
 
 
-def _state_files(checkpoint: Path, processes: int) -> Iterator[Path]:
+def _state_files(checkpoint: Path, processes: int, deepspeed: bool) -> Iterator[Path]:
     ranks = [""] if processes == 1 else [f"_{rank}" for rank in range(processes)]
     yield from (checkpoint / f"rng_state{rank}.pth" for rank in ranks)
-    if not (checkpoint / "latest").is_file():  # DeepSpeed's, which keeps optimizer and schedule in a folder of its own
-        yield from (checkpoint / name for name in ("optimizer.pt", "scheduler.pt"))
+    # DeepSpeed keeps optimizer and schedule in a folder of its own, which `latest` names.
+    yield from (checkpoint / name for name in (["latest"] if deepspeed else ["optimizer.pt", "scheduler.pt"]))
     yield from (checkpoint / name for name in ("trainer_state.json", "constraint.json"))

@@ -36,8 +36,6 @@ _TRAINER_NUMBERS = {
     "loss": "loss",
     "grad_norm": "grad_norm",
     "learning_rate": "learning_rate",
-    "kl": "kl",
-    "entropy": "entropy",
     "clip_ratio/region_mean": "clipped_share",
 }
 
@@ -148,6 +146,7 @@ class Run(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:  # the summary at the end of training
             return
+        self.trainer.step_metrics |= self.trainer.mean_kl_and_entropy()
         with failing_together(self.trainer.accelerator):
             if self.metrics is not None:  # on the main process
                 self._write_step(logs, self.metrics)

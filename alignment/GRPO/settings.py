@@ -34,6 +34,9 @@ _FREE = {"output_dir", "resume", "scorer_url", "scorer_batch_size", "scorer_max_
 _FREE |= {"eval_jsonl", "prompt_key", "eval_samples", "eval_every", "save_steps", "keep_last", "logging_steps"}
 _FREE |= {"gradient_accumulation_steps", "wandb_project", "wandb_run_name", "verbose", "vllm_server_base_url"}
 
+# What a step needs in memory: after an error for want of it a run can go on with less.
+_FREE |= {"eval_batch_size", "gradient_checkpointing", "vllm_gpu_memory_utilization"}
+
 _OF_LORA = ("lora_alpha", "lora_targets")
 
 
@@ -107,7 +110,9 @@ class GRPOSettings:
     logging_steps: int = setting(1, "a line in the job's log every so many steps; metrics.jsonl has all", minimum=1)
 
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "dtype of the weights: auto is float32, and bfloat16 for the frozen base under LoRA on a GPU"
+        "auto",
+        "dtype of the weights: auto is float32, and bfloat16 for the frozen base under LoRA on a GPU; trained weights are "
+        "bfloat16 only under DeepSpeed, which keeps a float32 copy",
     )
     lora_rank: int = setting(0, "rank of LoRA adapters; 0 trains all weights", minimum=0)
     lora_alpha: float = setting(32.0, "scale of LoRA: alpha / rank", minimum=0.0)
@@ -185,6 +190,9 @@ class GRPOSettings:
         # What the run does not use: earlier versions took it without a word, and such a run can go on without it.
         free |= {"warmup_steps"} if self.lr_scheduler_type == "constant" else set()
         free |= set() if self.lora_rank else set(_OF_LORA)
+        free |= set() if self.use_vllm else {"vllm_mode", "vllm_tensor_parallel_size"}
+        # Passes add up to the same step, but for the order in which it is summed; bnpo's mean is over the tokens of a pass.
+        free |= set() if self.loss_type == "bnpo" else {"per_device_train_batch_size"}
         return {name: value for name, value in vars(self).items() if name not in free}
 
 

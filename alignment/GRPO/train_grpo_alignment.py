@@ -19,6 +19,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ from alignment.runs import StopSignal, check_same_run, record_start, write_run_f
 if TYPE_CHECKING:
     from trl import GRPOConfig
 
+LOOKS, LOOK_EVERY = 30, 2.0  # at a run's folder until all processes see the same; seconds
 EXIT_STOPPED = 128  # plus the signal's number, as shells do
 
 
@@ -68,26 +70,19 @@ def train_policy(settings: GRPOSettings, lock: RunLock) -> int:
     folder = Path(settings.output_dir)
     *_, finished = what_began(folder, settings, processes)  # a mistake is told at once
     args = None
+    if processes > 1:
+        args, finished = meet(settings, folder)
     if not finished:  # one that is may lie where nothing can be written
-        for place in (folder, folder / "checkpoints"):
-            check_writable_folder(place)
-        if processes == 1:
-            lock.take()
-            forget_earlier(folder)
-        else:
-            args = take_together(lock, settings)
-    begun_with, checkpoint, finished = what_began(folder, settings, processes)  # now nobody else writes there
+        take(lock, processes)
+    look = what_began if processes == 1 else seen_by_all
+    begun_with, checkpoint, finished = look(folder, settings, processes)  # now nobody else writes there
     if finished:
         print(f"{folder} is finished; a larger --max_steps would go on with it")
         return 0
     begun = bool(begun_with)
     first = int(os.environ.get("RANK", 0)) == 0
     if checkpoint is not None:
-        if not begun:
-            raise UserError(
-                f"{folder} holds checkpoints but no manifest.json: what run is that? Give another --output_dir"
-            )
-        check_whole(checkpoint, processes)
+        check_whole(checkpoint, processes, os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true")
     drawn = [row[settings.prompt_key] for row in draw_rows(train_rows, settings.max_samples)]
     held_out = [row[settings.prompt_key] for row in draw_rows(held_out_rows, settings.eval_samples)]
     settings.check_enough(drawn)
@@ -212,6 +207,12 @@ def what_began(folder: Path, settings: GRPOSettings, processes: int) -> tuple[di
     """
     checkpoint = newest_checkpoint(folder)
     if not os.path.exists(folder / "manifest.json"):  # no error where one may not look: the folder's check says it
+        names = ["checkpoints"] * (checkpoint is not None) + ["metrics.jsonl", "eval", "best", "final"]
+        if found := [name for name in names if os.path.exists(folder / name)]:
+            raise UserError(
+                f"{folder} holds {', '.join(found)} but no manifest.json: what run is that? Give another --output_dir, or remove "
+                "them"
+            )
         return {}, checkpoint, False
     if not settings.resume:
         raise UserError(f"{folder} holds a run already: give another --output_dir, or leave out --resume false")
@@ -224,22 +225,60 @@ def what_began(folder: Path, settings: GRPOSettings, processes: int) -> tuple[di
     return begun_with, checkpoint, finished
 
 
-def take_together(lock: RunLock, settings: GRPOSettings) -> GRPOConfig:
-    """The first of several processes takes the lock; they have met before that, so that all end when it is refused.
+def meet(settings: GRPOSettings, folder: Path) -> tuple[GRPOConfig, bool]:
+    """Several processes come together; returns the trainer's settings, whose making is that, and whether the run is finished."""
+    from alignment.GRPO.trl_config import trl_config
 
-    Returns the trainer's settings: making them lets the processes meet.
-    """
+    args = trl_config(settings, folder)
+    *_, finished = seen_by_all(folder, settings, args.world_size)
+    return args, finished
+
+
+def take(lock: RunLock, processes: int) -> None:
+    """The first process takes the lock; where it is refused, all end."""
+
+    def take_it() -> None:
+        for place in (lock.folder, lock.folder / "checkpoints"):
+            check_writable_folder(place)
+        lock.take()
+        forget_earlier(lock.folder)
+
+    if processes == 1:
+        take_it()
+        return
     from accelerate import PartialState
 
     from alignment.GRPO.ranks import failing_together
-    from alignment.GRPO.trl_config import trl_config
 
-    args = trl_config(settings, lock.folder)
     with failing_together(PartialState()):
         if PartialState().is_main_process:
-            lock.take()
-            forget_earlier(lock.folder)
-    return args
+            take_it()
+
+
+def seen_by_all(folder: Path, settings: GRPOSettings, processes: int) -> tuple[dict, Path | None, bool]:
+    """`what_began`, once all processes see the same: on other nodes files may show seconds after they were written.
+
+    Otherwise some would go on from an older checkpoint, and nothing would tell.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    from alignment.GRPO.ranks import failing_together
+
+    views: list[tuple] = []
+    for attempt in range(LOOKS):
+        time.sleep(LOOK_EVERY * bool(attempt))
+        with failing_together(PartialState()):
+            seen = what_began(folder, settings, processes)
+        begun_with, checkpoint, finished = seen
+        views = gather_object([(bool(begun_with), step_of(checkpoint), finished)])
+        if len(set(views)) == 1:
+            return seen
+    raise UserError(
+        f"the processes see different things in {folder}, as newest checkpoints those of the steps "
+        f"{', '.join(str(step) for _, step, _ in views)}: its file system shows files late or not on all nodes. Give the same "
+        "command again, or another --output_dir"
+    )
 
 
 if __name__ == "__main__":

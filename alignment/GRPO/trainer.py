@@ -78,6 +78,9 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
         self.engine, self.scorer, self.constraint, self.phase = engine, scorer, constraint, phase
         self._scores: tuple[list, list] = ([], [])
         self._saving_in: Path | None = None
+        self._pass: dict[str, torch.Tensor] = {}  # what a pass learns from
+        # Sums over the tokens that this process has sampled for the step: of KL divergence, of entropy, and their number.
+        self._sums = torch.zeros(3, dtype=torch.float64)
         self.step_metrics: dict = {}
 
         def reward(**_: Any) -> list:
@@ -120,9 +123,12 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
         for row, turn in enumerate(self._turns):
             if turn.closed:
                 mask[row, len(turn.ids) - 1] = 0  # the EOS that was not sampled
+        output["sampled_mask"] = mask
         output["tool_mask"] = mask * taught.unsqueeze(1)  # neither reward nor KL term of what teaches nothing
         trained = output["completion_mask"] * output["tool_mask"]
         output["num_items_in_batch"] = self.accelerator.gather(trained.sum()).sum()
+        self.teaches = bool(output["num_items_in_batch"] > 0)
+        self._sums = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
         self._record(inputs, began)
         return output
 
@@ -204,6 +210,33 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
 
     # -- what is learned ------------------------------------------------------------------------------------------
 
+    def _compute_loss(self, model: nn.Module, inputs: dict) -> torch.Tensor:
+        self._pass = inputs
+        loss = super()._compute_loss(model, inputs)
+        self._pass = {}
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
+        """TRL's (B, T) log-probabilities and entropies; here they are also summed for the step's row.
+
+        TRL's own figures are means of passes, in which one whose completions teach nothing counts as 0.
+        """
+        log_probs, entropies, *rest = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if "sampled_mask" in self._pass:
+            mask = self._pass["sampled_mask"]
+            kl = torch.zeros_like(entropies)
+            if self.beta != 0.0:
+                less = self._pass["ref_per_token_logps"] - log_probs.detach()
+                kl = less.exp() - less - 1  # the estimator of the loss
+            self._sums += torch.stack([(values.detach() * mask).sum() for values in (kl, entropies, mask)])
+        return (log_probs, entropies, *rest)
+
+    def mean_kl_and_entropy(self) -> dict[str, float]:
+        """Means over all tokens that the policy sampled in this step, in nats. On all processes together."""
+        kl, entropy, count = self.accelerator.reduce(self._sums, reduction="sum").tolist()
+        means = {"kl": kl / count, "entropy": entropy / count} if count else {}
+        return means if self.beta != 0.0 else {name: means[name] for name in means if name != "kl"}
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float | None:
         """Raises BrokenStep for gradients that are not finite, on all processes (the norm is theirs together).
 
@@ -262,7 +295,7 @@ class ConstrainedGRPOTrainer(GRPOTrainer):
 
 
 class _SkipEmptySteps(TrainerCallback):
-    """A step in which no completion teaches anything leaves the weights as they are.
+    """A step in which no token is trained on leaves the weights as they are.
 
     AdamW passes over weights without a gradient; with a gradient of 0 its momentum would move them. (DeepSpeed steps by
     itself, before this is called: there the momentum acts.)
@@ -279,5 +312,5 @@ class _SkipEmptySteps(TrainerCallback):
         model: nn.Module | None = None,
         **_: Any,
     ) -> None:
-        if model is not None and not self.trainer._verdict.taught.any():
+        if model is not None and not self.trainer.teaches:
             model.zero_grad(set_to_none=True)

@@ -69,6 +69,11 @@ def trl_config(settings: GRPOSettings, folder: Path) -> GRPOConfig:
         disable_tqdm=True,
     )
     _check_sharding(args)
+    if settings.dtype == "bfloat16" and not settings.lora_rank and args.deepspeed_plugin is None:
+        raise UserError(
+            "dtype is bfloat16, and all weights are trained: most steps of AdamW would be rounded away. Leave dtype out; where "
+            "memory is short take lora_rank or DeepSpeed (accelerate_4gpu_zero2.yaml)"
+        )
     return args
 
 

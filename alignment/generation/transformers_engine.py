@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from alignment.device import find_device
@@ -52,9 +53,13 @@ class TransformersEngine(Engine):
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.members_at_once = min(MEMBERS_AT_ONCE, batch_size)
-        self.model.generation_config = complete(self.model.generation_config, self.tokenizer, self.template)
-        self.end_ids = self.model.generation_config.eos_token_id
+        self._folders_config = complete(self.model.generation_config, self.tokenizer, self.template)
+        self.end_ids = self._folders_config.eos_token_id
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_ids[0]
+        # The folder's is for saving: whatever a call leaves open would be taken from it, in TRL's sampling as well.
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=self.end_ids, pad_token_id=self.pad_id, bos_token_id=self._folders_config.bos_token_id
+        )
 
     def add_lora(self, rank: int, seed: int) -> None:
         """Puts LoRA adapters (peft, on all linear layers but the head) into the model; `parameters` are then theirs alone."""
@@ -110,19 +115,11 @@ class TransformersEngine(Engine):
     def _generate(self, sequences: list[list[int]], max_new_tokens: int, sampling: Sampling) -> list[list[int]]:
         """The tokens that follow each sequence, with what stands behind their end."""
         ids, mask = self._pad_left(sequences)  # (B, T) each
-        choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None}
-        choice |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}  # the folder's own would bend greedy decoding
+        choice: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             torch.manual_seed(sampling.seed)
-            choice |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        output = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.end_ids,
-            pad_token_id=self.pad_id,
-            **choice,
-        )
+            choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        output = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **choice)
         return output[:, ids.shape[1] :].tolist()
 
     @torch.inference_mode()
@@ -169,6 +166,7 @@ class TransformersEngine(Engine):
             for name, parameter in model.named_parameters(remove_duplicate=False):
                 state[name] = (weights or {}).get(first_name[parameter], parameter)
         model.save_pretrained(str(folder), state_dict=state)
+        self._folders_config.save_pretrained(str(folder))
         if merged:
             config = Path(folder) / "config.json"
             write_json(config, read_json(config) | {"dtype": "float32", MERGED_ADAPTERS: True})
