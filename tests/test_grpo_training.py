@@ -192,7 +192,7 @@ def test_a_run_goes_on_with_what_takes_less_memory(undisturbed, tiny_policy, pro
         assert done.returncode == 0, done.stderr
         done = run_script(tiny_policy, scorer.url, prompts, run, **less)
     assert done.returncode == 0, done.stderr
-    ours, whole = (load_file(folder / "final" / "model.safetensors") for folder in (run, undisturbed))
+    ours, whole = (load_file(folder / "final" / "model.safetensors") for folder in (run, undisturbed()))
     for name, tensor in whole.items():
         assert torch.allclose(ours[name], tensor, atol=1e-5), name
     rows = read_jsonl(run / "starts.jsonl")
