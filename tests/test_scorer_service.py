@@ -25,7 +25,7 @@ from alignment.scoring import test_score_fixed_prompt as fixed_prompt
 from alignment.scoring.client import ScorerClient, ScorerUnavailable
 from alignment.scoring.discovery import read_addresses
 from alignment.scoring.local_scorer import LocalScorer
-from alignment.scoring.scorer_service import Announcements, take_port
+from alignment.scoring.scorer_service import Announcements, hangs, take_port
 from alignment.scoring.scores import Scores
 from alignment.scoring.service_settings import read_settings
 from alignment.scoring.worker import Job
@@ -167,6 +167,11 @@ def test_health_answers_while_the_worker_scores(service):
         answers += thread.is_alive()
     thread.join()
     assert answers > 5
+
+
+def test_a_gpu_that_is_at_one_round_for_twice_the_limit_hangs_and_a_cpu_is_slow():
+    assert hangs("cuda", 1201, stuck_seconds=600)
+    assert not hangs("cuda", 1199, stuck_seconds=600) and not hangs("cpu", 1e6, stuck_seconds=600)
 
 
 def test_no_text_in_the_log(service):
