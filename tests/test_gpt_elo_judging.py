@@ -233,6 +233,14 @@ def test_without_a_key_or_with_one_as_an_argument_nothing_is_asked(run, tmp_path
     assert not server.attempts
 
 
+def test_a_baseline_that_is_not_there_is_told_before_anything_is_paid_for(run, tmp_path):
+    make_points(tmp_path, ["poor", "best"], prompts=2)
+    with FakeOpenAI() as server:
+        done = run(tmp_path, server, ["poor", "best"], "--normalize-to", "Best")
+    assert done.returncode == 2 and "--normalize_to Best: not among the models, which are poor, best" in done.stderr
+    assert not server.attempts
+
+
 @pytest.mark.parametrize("address", ["not a url", "ftp://x/v1", "http://x:port/v1"])
 def test_an_address_that_is_none_is_an_error_at_once(run, tmp_path, address):
     make_points(tmp_path, ["poor", "best"], prompts=2)

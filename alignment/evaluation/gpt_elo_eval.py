@@ -38,7 +38,7 @@ from alignment.evaluation.judging.cost import (
 )
 from alignment.evaluation.judging.loop import LoopSettings, ask_all
 from alignment.evaluation.judging.prompts import DIMENSIONS, TEMPLATE_HASH, build_messages
-from alignment.evaluation.judging.ratings import PRIOR_SD, rate
+from alignment.evaluation.judging.ratings import PRIOR_SD, PUBLISHED_BASELINE, choose_baseline, rate
 from alignment.evaluation.judging.report import describe_ratings, position_bias, print_ratings
 from alignment.evaluation.judging.scorer_judge import agreement, scorer_verdicts
 from alignment.evaluation.judging.store import (
@@ -59,7 +59,6 @@ from alignment.visualization.style import check_figure, save_figure
 
 OUTPUTS = "alignment/outputs/gpt_elo"
 DEFAULT_JUDGE = "gpt-4.1-mini"  # published
-PUBLISHED_BASELINE = "Alpaca-7B"
 BUDGET_SPENT = 3
 
 
@@ -173,8 +172,24 @@ def from_file(config: Config, path: str) -> Evidence:
     return Evidence(models, verdicts, {"judgments": path, **told}, answers)
 
 
+def models_to_judge(config: Config) -> list[str]:
+    """The models that were named, or all in the folder whose answers are there; --normalize_to must be one of them."""
+    models = config.models
+    if not models:
+        found = models_in(config.data_dir)
+        models = [model for model in found if model_file(config.data_dir, model, "points.jsonl").exists()]
+        for model in found:
+            if model not in models:
+                print(
+                    f"note: {config.data_dir} has scores of {model} but no answers, so it is left out", file=sys.stderr
+                )
+    points_files(config.data_dir, models)
+    choose_baseline(models, config.normalize_to)
+    return models
+
+
 def from_scorer(config: Config) -> Evidence:
-    models = config.models or models_in(config.data_dir)
+    models = models_to_judge(config)
     require_same_scorer(points_files(config.data_dir, models))
     answers = read_answers(config.data_dir, models)
     prompts = choose_prompts(answers, config.max_prompts, config.seed)
@@ -185,7 +200,7 @@ def from_scorer(config: Config) -> Evidence:
 def from_endpoint(config: Config) -> Evidence | None:
     """Asks for what is missing; None after a dry run. After a signal the process ends once what was under way is kept."""
     judge = config.judge_model or DEFAULT_JUDGE
-    models = config.models or models_in(config.data_dir)
+    models = models_to_judge(config)
     answers = read_answers(config.data_dir, models)
     prompts = choose_prompts(answers, config.max_prompts, config.seed)
     tasks = make_tasks(answers, prompts, judge, config.orders == "both")
@@ -264,9 +279,7 @@ def print_plan(config: Config, tasks: list[Task], records: list[dict], price: Pr
 
 
 def write_results(config: Config, evidence: Evidence) -> None:
-    models, baseline = evidence.models, config.normalize_to
-    if baseline is None:
-        baseline = PUBLISHED_BASELINE if PUBLISHED_BASELINE in models else models[0]
+    models, baseline = evidence.models, choose_baseline(evidence.models, config.normalize_to)
     ratings, dimensions = {}, {}
     for dimension in DIMENSIONS:
         verdicts = [one for one in evidence.verdicts if one.dimension == dimension]
