@@ -342,6 +342,28 @@ def test_dry_run_needs_no_key_asks_nothing_and_budget_stops_in_time(run, tmp_pat
     )
 
 
+def test_every_reply_has_the_price_of_its_own_judge(run, tmp_path):
+    models = ["poor", "best"]
+    make_points(tmp_path, models, prompts=5)  # 20 judgments, a reply has 1000 + 100 tokens
+
+    def judged(judge, *more) -> tuple[Done, dict]:
+        done = run(tmp_path, server, models, "--judge-model", judge, *more)
+        return done, json.loads((tmp_path / "ratings_details.json").read_text())["source"]["usage"]
+
+    with FakeOpenAI() as server:
+        judged("gpt-4o")  # 0.0035 dollars a reply
+        done, usage = judged("own", "--price_in", "1", "--price_out", "10", "--budget", "0.13")  # 0.002 a reply
+        assert done.returncode == 0 and "$0.07 spent before" in done.stdout and usage["dollars"] == pytest.approx(0.11)
+        done, usage = judged("gpt-4.1-nano", "--dry-run")
+        assert "$0.07 spent before, without 20 replies of own, whose price is not known" in done.stdout
+        done, usage = judged("gpt-4.1-nano", "--price_in", "0", "--price_out", "0", "--budget", "1")
+        assert done.returncode == 2 and "the judgments file holds 20 replies of own, whose price" in done.stderr
+        assert "--judgments_out" in done.stderr and sum(server.attempts.values()) == 40
+        done, usage = judged("gpt-4.1-nano")
+    assert usage["dollars"] == pytest.approx(20 * (0.0035 + 0.00014)) and usage["without_price"] == {"own": 20}
+    assert usage["replies"] == 60
+
+
 @pytest.mark.slow
 def test_sigterm_keeps_what_is_under_way_and_a_second_run_is_locked_out(run, tmp_path):
     make_points(tmp_path, ["poor", "best"], prompts=100)

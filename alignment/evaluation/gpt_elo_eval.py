@@ -32,8 +32,8 @@ from alignment.evaluation.judging.cost import (
     expected_usage,
     find_price,
     mean_reply_tokens,
+    name_unpriced,
     total_usage,
-    usages,
     worst_usage,
 )
 from alignment.evaluation.judging.loop import LoopSettings, ask_all
@@ -83,8 +83,8 @@ class Config:
     max_wait: float = setting(600.0, "longest Retry-After in seconds that is waited for", minimum=0.0)
     dry_run: bool = setting(False, "say how many calls are missing and what they cost, and stop")
     budget: float | None = setting(None, "most dollars for all that the judgments file holds", minimum=0.0)
-    price_in: float | None = setting(None, "dollars per million prompt tokens", minimum=0.0)
-    price_out: float | None = setting(None, "dollars per million reply tokens", minimum=0.0)
+    price_in: float | None = setting(None, "dollars per million prompt tokens of the judge that is asked", minimum=0.0)
+    price_out: float | None = setting(None, "dollars per million of its reply tokens", minimum=0.0)
     judgments_out: str = setting(f"{OUTPUTS}/gpt_judgments.jsonl", "where judgments are kept, appended")
     judgments_in: str | None = setting(
         None, "rate this file of judgments, ours or the published format; nothing is asked"
@@ -207,7 +207,7 @@ def from_endpoint(config: Config) -> Evidence | None:
     price = find_price(judge, config.price_in, config.price_out)
     path = Path(config.judgments_out)
     if config.dry_run:
-        print_plan(config, tasks, read_records(path) if path.exists() else [], price)
+        print_plan(config, tasks, read_records(path) if path.exists() else [], judge, price)
         return None
     client = JudgeClient(
         judge,
@@ -219,8 +219,8 @@ def from_endpoint(config: Config) -> Evidence | None:
     )
     settings = LoopSettings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(LoopSettings)})
     with JudgmentStore(path) as store:
-        budget = Budget(config.budget, price, usages(store.records))
-        missing = print_plan(config, tasks, store.records, price)
+        budget = Budget(config.budget, price, total_usage(store.records, judge, price))
+        missing = print_plan(config, tasks, store.records, judge, price)
         progress = ask_all(missing, client, store, budget, settings)
         records = store.records
     outcomes = last_outcomes(records, [task.key for task in tasks])
@@ -243,13 +243,13 @@ def from_endpoint(config: Config) -> Evidence | None:
         "orders": config.orders,
         "outcomes": dict(outcomes),
         "repeated_calls": dict(progress.repeated),
-        "usage": total_usage(records, price),
+        "usage": total_usage(records, judge, price),
     }
     verdicts = verdicts_of(records_used, config.tie_threshold, path)
     return Evidence(models, verdicts, source, answers, BUDGET_SPENT if progress.budget_spent else 0)
 
 
-def print_plan(config: Config, tasks: list[Task], records: list[dict], price: Price | None) -> list[Task]:
+def print_plan(config: Config, tasks: list[Task], records: list[dict], judge: str, price: Price | None) -> list[Task]:
     """Says what is there, what is missing and what that will cost; returns the tasks that are missing."""
     decided = decided_by_key(records)
     missing = [task for task in tasks if task.key not in decided]
@@ -260,7 +260,7 @@ def print_plan(config: Config, tasks: list[Task], records: list[dict], price: Pr
         )
         for task in asked
     ]
-    reply_tokens = mean_reply_tokens(records)
+    reply_tokens = mean_reply_tokens(records, judge)
     expected = [expected_usage(size, reply_tokens) for size in sizes]
     worst = [worst_usage(size, config.max_output_tokens) for size in sizes]
     tokens = [sum(usage[name] for usage in expected) for name in ("prompt_tokens", "completion_tokens")]
@@ -272,9 +272,11 @@ def print_plan(config: Config, tasks: list[Task], records: list[dict], price: Pr
     print(f"about {tokens[0]:,} prompt tokens and {tokens[1]:,} reply tokens", end="")
     if price:
         likely, most = (sum(map(price.of, usage)) for usage in (expected, worst))
-        spent = total_usage(records, price)["dollars"]
-        print(f": ${likely:.2f}, at most ${most:.2f} if no call is repeated; ${spent:.2f} spent before", end="")
-    print("" if price else "; give --price_in and --price_out to see the cost")
+        print(f": ${likely:.2f}, at most ${most:.2f} if no call is repeated", end="")
+    before = total_usage(records, judge, price)
+    spent = f"; ${before['dollars']:.2f} spent before" if "dollars" in before else ""
+    unpriced = f", without {name_unpriced(before)}" if spent and "without_price" in before else ""
+    print(spent + unpriced + ("" if price else "; give --price_in and --price_out to see the cost"))
     return missing
 
 
