@@ -311,6 +311,33 @@ def test_an_endpoint_without_structured_output_or_newer_names_is_adapted_to(run,
     assert sum(server.attempts.values()) <= 40 + 2 * 3  # each parameter is found out once a worker
 
 
+def test_options_are_recorded_as_they_were_sent(run, tmp_path):
+    models, path = ["poor", "best"], tmp_path / "judgments.jsonl"
+    make_points(tmp_path, models, prompts=2)  # 8 judgments
+
+    def options() -> list[dict]:
+        return json.loads((tmp_path / "ratings_details.json").read_text())["source"]["options"]
+
+    with FakeOpenAI() as server:
+        assert "note" not in run(tmp_path, server, models).stderr
+        sent = {"temperature": 0.2, "max_completion_tokens": 1000, "response_format": "json_schema"}
+        assert options() == [{"options": sent, "judgments": 8}]
+        again = run(tmp_path, server, models, "--temperature", "0.9")
+        assert sum(server.attempts.values()) == 8 and options() == [{"options": sent, "judgments": 8}]
+        assert "note: 8 judgments were asked for at temperature 0.2, not at 0.9" in again.stderr
+        rows = read_jsonl(path)
+        del rows[0]["options"]  # a line of a former version
+        write_jsonl(path, rows[:6])
+        server.plan = lambda attempt, content: "no_temperature"
+        done = run(tmp_path, server, models)
+    assert f"note: {server.url}/ does not take temperature: left out" in done.stderr
+    assert "2 judgments were asked for without a temperature, so at the endpoint's own, not at 0.2" in done.stderr
+    assert "1 judgments do not say at which temperature they were asked for" in done.stderr
+    del sent["temperature"]
+    assert {"options": sent, "judgments": 2} in options() and {"options": None, "judgments": 1} in options()
+    assert all(row["options"] == sent for row in read_jsonl(path)[6:])
+
+
 def test_concurrency_adapts_to_what_the_endpoint_takes(run, tmp_path):
     make_points(tmp_path, ["poor", "best"], prompts=30)
     with FakeOpenAI(delay=0.02, most=4) as server:

@@ -39,7 +39,13 @@ from alignment.evaluation.judging.cost import (
 from alignment.evaluation.judging.loop import LoopSettings, ask_all
 from alignment.evaluation.judging.prompts import DIMENSIONS, TEMPLATE_HASH, build_messages
 from alignment.evaluation.judging.ratings import PRIOR_SD, PUBLISHED_BASELINE, choose_baseline, rate
-from alignment.evaluation.judging.report import describe_ratings, position_bias, print_ratings
+from alignment.evaluation.judging.report import (
+    describe_ratings,
+    options_found,
+    position_bias,
+    print_ratings,
+    temperature_notes,
+)
 from alignment.evaluation.judging.scorer_judge import agreement, scorer_verdicts
 from alignment.evaluation.judging.store import (
     UNDECIDED,
@@ -228,6 +234,11 @@ def from_endpoint(config: Config) -> Evidence | None:
     records_used = [decided[task.key] for task in tasks if task.key in decided]
     listed = "".join(f", {outcomes[name]} {name}" for name in (*UNDECIDED, "missing") if outcomes[name])
     print(f"{len(records_used)} of {len(tasks)} judgments have a verdict{listed}")
+    options = options_found(records_used)
+    for note in temperature_notes(options, config.temperature):
+        print(f"note: {note}", file=sys.stderr)
+    if client.left_out:
+        print(f"note: {client.address} does not take {', '.join(client.left_out)}: left out", file=sys.stderr)
     if progress.signal is not None:
         print("stopped: run the same command again for the rest, then come the ratings", file=sys.stderr)
         raise SystemExit(128 + progress.signal)
@@ -239,7 +250,7 @@ def from_endpoint(config: Config) -> Evidence | None:
         "served_by": sorted({record["served_by"] for record in records_used if "served_by" in record}),
         "endpoint": client.address,
         "template": TEMPLATE_HASH,
-        "temperature": config.temperature,
+        "options": options,
         "orders": config.orders,
         "outcomes": dict(outcomes),
         "repeated_calls": dict(progress.repeated),

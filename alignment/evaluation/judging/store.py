@@ -2,7 +2,8 @@
 
 A line has the published keys model_a, model_b (A and B as shown), dimension, question, scores, order_ab, raw, and ours:
   key      names the judgment (tasks.py)      outcome  win, loss, tie (for A), refused, unparsed, failed
-  judge, template, answers                    what the key was made of      usage, served_by, finish_reason, error, time
+  judge, template, answers                    what the key was made of      options  what the endpoint was asked with
+  usage, served_by, finish_reason, error, time
 A key is decided once it has a win, loss or tie; the first one counts. Everything else is asked again by the next run.
 """
 
@@ -77,6 +78,8 @@ def read_records(path: str | Path, required: Iterable[str] = ()) -> list[dict]:
                 f"{where}: 'outcome' must be one of {', '.join((*DECIDED, *UNDECIDED))}, got {row.get('outcome')!r:.60}; "
                 "remove the line, it is asked again"
             )
+        if not isinstance(row.get("options", {}), dict):
+            raise UserError(f"{where}: 'options' must be an object, got {row['options']!r:.60}")
         usage = row.get("usage") or dict.fromkeys(TOKEN_COUNTS, 0)
         if not isinstance(usage, dict) or any(type(usage.get(name)) is not int for name in TOKEN_COUNTS):
             raise UserError(
