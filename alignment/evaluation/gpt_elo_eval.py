@@ -41,7 +41,6 @@ from alignment.evaluation.judging.prompts import DIMENSIONS, TEMPLATE_HASH, buil
 from alignment.evaluation.judging.ratings import PRIOR_SD, PUBLISHED_BASELINE, choose_baseline, rate
 from alignment.evaluation.judging.report import (
     describe_ratings,
-    options_found,
     position_bias,
     print_ratings,
     temperature_notes,
@@ -52,11 +51,22 @@ from alignment.evaluation.judging.store import (
     JudgmentStore,
     decided_by_key,
     last_outcomes,
+    models_and_judges,
+    options_found,
     read_judgments,
     read_records,
     verdicts_of,
 )
-from alignment.evaluation.judging.tasks import Answers, Task, choose_prompts, make_tasks, points_files, read_answers
+from alignment.evaluation.judging.tasks import (
+    Answers,
+    Task,
+    answers_there,
+    choose_prompts,
+    make_tasks,
+    points_files,
+    points_hash,
+    read_answers,
+)
 from alignment.evaluation.judging.verdict import Verdict
 from alignment.evaluation.points import DEFAULT_FOLDER, model_file, models_in
 from alignment.records import check_writable_file, write_json
@@ -165,17 +175,21 @@ def refuse_key_in_arguments(argv: list[str]) -> None:
 
 
 def from_file(config: Config, path: str) -> Evidence:
+    answers = answers_there(config.data_dir, config.models or models_and_judges(path)[0])
     verdicts, told = read_judgments(
-        path, config.models, config.judge_model, config.template, config.tie_threshold, config.unscored
+        path, config.models, config.judge_model, config.template, config.tie_threshold, config.unscored, answers
     )
+    if told.get("on_other_answers"):
+        print(
+            f"note: {told['on_other_answers']} verdicts in {path} are on other answers than the points files in "
+            f"{config.data_dir} hold, and do not count",
+            file=sys.stderr,
+        )
     found = list(dict.fromkeys(name for one in verdicts for name in (one.first, one.second)))
     missing = [model for model in config.models if model not in found]
     if missing:
         raise UserError(f"{path} has no verdict on {', '.join(missing)}")
-    models = config.models or found
-    here = [model for model in models if model_file(config.data_dir, model, "points.jsonl").exists()]
-    answers = read_answers(config.data_dir, here) if len(here) > 1 else {}
-    return Evidence(models, verdicts, {"judgments": path, **told}, answers)
+    return Evidence(config.models or found, verdicts, {"judgments": path, **told}, answers)
 
 
 def models_to_judge(config: Config) -> list[str]:
@@ -309,7 +323,8 @@ def write_results(config: Config, evidence: Evidence) -> None:
     if config.judge != "scorer":
         method["tie_threshold"] = config.tie_threshold
     method |= {"interval": "95 %, bootstrap over prompts", "draws": config.draws, "seed": config.seed}
-    details = {"rating": method, "source": evidence.source, "dimensions": dimensions}
+    points = {model: points_hash(rows.values()) for model, rows in evidence.answers.items() if model in models}
+    details = {"rating": method, "source": evidence.source | {"points": points}, "dimensions": dimensions}
     assert config.ratings_out and config.plot_out  # Config gave them names
     out = Path(config.ratings_out)
     write_json(out, ratings)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -56,13 +55,6 @@ def position_bias(verdicts: Sequence[Verdict]) -> dict | None:
         "both_orders": counts if counts["pairs"] else None,
         "not_asked": not_asked,
     }
-
-
-def options_found(records: Iterable[dict]) -> list[dict]:
-    """With which options the records that were asked for were asked, each with its count; None where a record does not say."""
-    asked = [record for record in records if record.get("scores") is not None]
-    counts = Counter(json.dumps(record.get("options"), sort_keys=True) for record in asked)
-    return [{"options": json.loads(options), "judgments": count} for options, count in counts.most_common()]
 
 
 def temperature_notes(found: Iterable[dict], temperature: float) -> list[str]:
