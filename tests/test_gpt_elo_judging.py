@@ -382,7 +382,7 @@ def test_every_reply_has_the_price_of_its_own_judge(run, tmp_path):
         done, usage = judged("own", "--price_in", "1", "--price_out", "10", "--budget", "0.13")  # 0.002 a reply
         assert done.returncode == 0 and "$0.07 spent before" in done.stdout and usage["dollars"] == pytest.approx(0.11)
         done, usage = judged("gpt-4.1-nano", "--dry-run")
-        assert "$0.07 spent before, without 20 replies of own, whose price is not known" in done.stdout
+        assert "$0.07 spent before; not counted: 20 replies of own, whose price is not known" in done.stdout
         done, usage = judged("gpt-4.1-nano", "--price_in", "0", "--price_out", "0", "--budget", "1")
         assert done.returncode == 2 and "the judgments file holds 20 replies of own, whose price" in done.stderr
         assert "--judgments_out" in done.stderr and sum(server.attempts.values()) == 40

@@ -300,7 +300,7 @@ def print_plan(config: Config, tasks: list[Task], records: list[dict], judge: st
         print(f": ${likely:.2f}, at most ${most:.2f} if no call is repeated", end="")
     before = total_usage(records, judge, price)
     spent = f"; ${before['dollars']:.2f} spent before" if "dollars" in before else ""
-    unpriced = f", without {name_unpriced(before)}" if spent and "without_price" in before else ""
+    unpriced = f"; not counted: {name_unpriced(before)}" if "without_price" in before else ""
     print(spent + unpriced + ("" if price else "; give --price_in and --price_out to see the cost"))
     return missing
 
