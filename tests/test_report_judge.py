@@ -61,6 +61,15 @@ def test_old_verdicts_are_not_shown_with_new_answers(tmp_path):
     ]
 
 
+def test_a_judgments_file_without_lines_is_a_note(tmp_path):
+    """As it is while the first replies are on their way."""
+    write_answers(tmp_path, "A", "base")
+    (tmp_path / "j.jsonl").touch()
+    data = report(tmp_path)
+    assert data["notes"] == [f"Judgments are left out: {tmp_path / 'j.jsonl'} has no judgment."]
+    assert data["ratings"] is None
+
+
 def test_of_two_judges_the_ratings_say_which_or_a_flag_or_a_note(tmp_path):
     path = tmp_path / "j.jsonl"
     write_answers(tmp_path, "A", "base")

@@ -199,12 +199,14 @@ def read_judgments(
             )
     if models:
         rows = [row for row in rows if row["model_a"] in models and row["model_b"] in models]
+    if not rows:
+        raise UnclearJudgments(f"{path} has no judgment{' between models of ' + ', '.join(models) if models else ''}")
     kinds = Counter(_kind(row) for row in rows)
     chosen = judge is not None or template is not None  # published lines do not say who judged
     ours = [row for row in rows if "key" in row]
     ours = [row for row in ours if judge in (None, row.get("judge")) and template in (None, row.get("template"))]
     published = [] if chosen else [row for row in rows if "key" not in row]
-    found = ", ".join(f"{kind}: {count}" for kind, count in kinds.items()) or "nothing"
+    found = ", ".join(f"{kind}: {count}" for kind, count in kinds.items())
     if chosen and not ours:
         flags = {"--judge_model": judge, "--template": template}
         wanted = " ".join(f"{flag} {value}" for flag, value in flags.items() if value is not None)
