@@ -147,6 +147,15 @@ class _Handler(BaseHTTPRequestHandler):
                 return
         self.act_verdict()
 
+    def act_no_temperature(self) -> None:
+        """A model with a temperature of its own, as OpenAI tells it."""
+        if "temperature" in self.body:
+            self.error(
+                400, "Unsupported value: 'temperature' does not support 0.2 with this model", "unsupported_value"
+            )
+        else:
+            self.act_verdict()
+
     def act_too_long(self) -> None:
         self.error(400, "maximum context length is 4096, max_completion_tokens is 1000", code="context_length_exceeded")
 

@@ -1,9 +1,15 @@
 """What the judge is asked, how its reply is read, what is compared, and the figure."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 
+import numpy as np
 import pytest
+import yaml
+from conftest import REPO
 
 from alignment.errors import UserError
 from alignment.evaluation import gpt_elo_eval
@@ -13,7 +19,7 @@ from alignment.evaluation.judging.report import describe_ratings, position_bias,
 from alignment.evaluation.judging.store import make_record, verdicts_of
 from alignment.evaluation.judging.tasks import Task, choose_prompts, make_tasks, read_answers
 from alignment.evaluation.judging.verdict import Verdict, read_scores, result_of
-from alignment.records import read_jsonl, write_json, write_jsonl
+from alignment.records import read_jsonl, save_npy, write_json, write_jsonl
 from alignment.visualization.plot_gpt_elo_figure import draw_ratings, main
 
 RATINGS = {"helpfulness": {"a": 1000.0, "b": 1200.0}, "harmlessness": {"a": 1000.0, "b": 1100.0}}
@@ -138,6 +144,26 @@ def test_models_that_do_not_fit_are_errors(tmp_path):
 def test_settings_are_strict(words, told):
     with pytest.raises(UserError, match=told):
         gpt_elo_eval.main(words)
+
+
+def test_the_job_script_judges_the_models_that_the_sweep_classifies(tmp_path):
+    """It named models of its own, Beaver-V2 and -V3, that the sweep file does not make."""
+    sweeps = yaml.safe_load((REPO / "alignment" / "evaluation" / "sweep_configs.yaml").read_text())["sweeps"]
+    names = [sweep["model_name"] for sweep in sweeps]
+    for name in names:
+        write_jsonl(tmp_path / f"{name}_points.jsonl", points(["p", "q"], name))
+    save_npy(tmp_path / "scores-only_Rs.npy", np.array([1], np.float32))
+    done = subprocess.run(
+        ["bash", "alignment/evaluation/run_gpt_elo_eval.sh", "--data-dir", str(tmp_path), "--dry-run"],
+        cwd=REPO,
+        env=os.environ | {"PYTHON": sys.executable, "SITE_ENV": "/dev/null"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{2 * 2 * len(names) * (len(names) - 1)} judgments: 0 in" in done.stdout
+    assert f"{tmp_path} has scores of scores-only but no answers, so it is left out" in done.stderr
 
 
 def test_position_bias_is_measured():

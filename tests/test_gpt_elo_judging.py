@@ -233,6 +233,14 @@ def test_without_a_key_or_with_one_as_an_argument_nothing_is_asked(run, tmp_path
     assert not server.attempts
 
 
+def test_a_baseline_that_is_not_there_is_told_before_anything_is_paid_for(run, tmp_path):
+    make_points(tmp_path, ["poor", "best"], prompts=2)
+    with FakeOpenAI() as server:
+        done = run(tmp_path, server, ["poor", "best"], "--normalize-to", "Best")
+    assert done.returncode == 2 and "--normalize_to Best: not among the models, which are poor, best" in done.stderr
+    assert not server.attempts
+
+
 @pytest.mark.parametrize("address", ["not a url", "ftp://x/v1", "http://x:port/v1"])
 def test_an_address_that_is_none_is_an_error_at_once(run, tmp_path, address):
     make_points(tmp_path, ["poor", "best"], prompts=2)
@@ -303,6 +311,33 @@ def test_an_endpoint_without_structured_output_or_newer_names_is_adapted_to(run,
     assert sum(server.attempts.values()) <= 40 + 2 * 3  # each parameter is found out once a worker
 
 
+def test_options_are_recorded_as_they_were_sent(run, tmp_path):
+    models, path = ["poor", "best"], tmp_path / "judgments.jsonl"
+    make_points(tmp_path, models, prompts=2)  # 8 judgments
+
+    def options() -> list[dict]:
+        return json.loads((tmp_path / "ratings_details.json").read_text())["source"]["options"]
+
+    with FakeOpenAI() as server:
+        assert "note" not in run(tmp_path, server, models).stderr
+        sent = {"temperature": 0.2, "max_completion_tokens": 1000, "response_format": "json_schema"}
+        assert options() == [{"options": sent, "judgments": 8}]
+        again = run(tmp_path, server, models, "--temperature", "0.9")
+        assert sum(server.attempts.values()) == 8 and options() == [{"options": sent, "judgments": 8}]
+        assert "note: 8 judgments were asked for at temperature 0.2, not at 0.9" in again.stderr
+        rows = read_jsonl(path)
+        del rows[0]["options"]  # a line of a former version
+        write_jsonl(path, rows[:6])
+        server.plan = lambda attempt, content: "no_temperature"
+        done = run(tmp_path, server, models)
+    assert f"note: {server.url}/ does not take temperature: left out" in done.stderr
+    assert "2 judgments were asked for without a temperature, so at the endpoint's own, not at 0.2" in done.stderr
+    assert "1 judgments do not say at which temperature they were asked for" in done.stderr
+    del sent["temperature"]
+    assert {"options": sent, "judgments": 2} in options() and {"options": None, "judgments": 1} in options()
+    assert all(row["options"] == sent for row in read_jsonl(path)[6:])
+
+
 def test_concurrency_adapts_to_what_the_endpoint_takes(run, tmp_path):
     make_points(tmp_path, ["poor", "best"], prompts=30)
     with FakeOpenAI(delay=0.02, most=4) as server:
@@ -332,6 +367,28 @@ def test_dry_run_needs_no_key_asks_nothing_and_budget_stops_in_time(run, tmp_pat
     assert json.loads((tmp_path / "ratings_details.json").read_text())["source"]["usage"]["dollars"] == pytest.approx(
         0.24
     )
+
+
+def test_every_reply_has_the_price_of_its_own_judge(run, tmp_path):
+    models = ["poor", "best"]
+    make_points(tmp_path, models, prompts=5)  # 20 judgments, a reply has 1000 + 100 tokens
+
+    def judged(judge, *more) -> tuple[Done, dict]:
+        done = run(tmp_path, server, models, "--judge-model", judge, *more)
+        return done, json.loads((tmp_path / "ratings_details.json").read_text())["source"]["usage"]
+
+    with FakeOpenAI() as server:
+        judged("gpt-4o")  # 0.0035 dollars a reply
+        done, usage = judged("own", "--price_in", "1", "--price_out", "10", "--budget", "0.13")  # 0.002 a reply
+        assert done.returncode == 0 and "$0.07 spent before" in done.stdout and usage["dollars"] == pytest.approx(0.11)
+        done, usage = judged("gpt-4.1-nano", "--dry-run")
+        assert "$0.07 spent before; not counted: 20 replies of own, whose price is not known" in done.stdout
+        done, usage = judged("gpt-4.1-nano", "--price_in", "0", "--price_out", "0", "--budget", "1")
+        assert done.returncode == 2 and "the judgments file holds 20 replies of own, whose price" in done.stderr
+        assert "--judgments_out" in done.stderr and sum(server.attempts.values()) == 40
+        done, usage = judged("gpt-4.1-nano")
+    assert usage["dollars"] == pytest.approx(20 * (0.0035 + 0.00014)) and usage["without_price"] == {"own": 20}
+    assert usage["replies"] == 60
 
 
 @pytest.mark.slow

@@ -167,7 +167,8 @@ GOOD = {
     ),
     "our judgments": (
         '{"model_a": "a", "model_b": "b", "dimension": "helpfulness", "question": "q", "scores": [7, 2], "key": "k", '
-        '"outcome": "win", "judge": "j", "template": "t", "usage": {"prompt_tokens": 3, "completion_tokens": 4}}\n',
+        '"outcome": "win", "judge": "j", "template": "t", "usage": {"prompt_tokens": 3, "completion_tokens": 4}, '
+        '"answers": ["0", "1"], "options": {"temperature": 0.2}}\n',
         lambda path: read_judgments(str(path), (), None, None, 0.5, "tie"),
     ),
     "metrics": (

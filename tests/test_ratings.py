@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+from judgments import append_judgments, write_answers
 
 from alignment.errors import UserError
 from alignment.evaluation import gpt_elo_eval
@@ -157,6 +158,35 @@ def test_a_file_of_ours_counts_each_comparison_once_and_only_verdicts(tmp_path):
     with pytest.raises(UserError, match=r"one judge and template, found j \(template t\): 6, k \(template t\): 1"):
         read_judgments(tmp_path / "j.jsonl", [], None, None, 0.5, "tie")
     assert len(read_judgments(tmp_path / "j.jsonl", [], "k", None, 0.5, "tie")[0]) == 1
+
+
+SCORES = {"base": 5.0, "poor": 2.0, "good": 9.0}
+
+
+def test_only_judgments_of_the_answers_that_are_there_count(tmp_path, capsys):
+    """A model that was judged, trained on and classified again under its name: both versions made one rating."""
+    path = tmp_path / "j.jsonl"
+    write_answers(tmp_path, "A", "base")
+    for answer in ("poor", "good"):
+        write_answers(tmp_path, "B", answer)
+        append_judgments(path, tmp_path, ["A", "B"], SCORES.__getitem__)
+    ratings, details = rate_file(tmp_path, path, "--draws", "100")
+    assert ratings["helpfulness"]["B"] > 1500 and details["source"]["on_other_answers"] == 160
+    assert details["dimensions"]["helpfulness"]["ratings"]["B"]["comparisons"] == 80
+    assert details["source"]["outcomes"] == {"win": 80, "loss": 80}
+    assert f"160 verdicts in {path} are on other answers" in capsys.readouterr().err
+    write_answers(tmp_path, "B", "poor")  # back to the first ones, whose judgments are not the latest lines
+    assert rate_file(tmp_path, path, "--draws", "100")[0]["helpfulness"]["B"] < 500
+    (tmp_path / "A_points.jsonl").unlink()  # the points of one model are enough to tell
+    assert rate_file(tmp_path, path, "--draws", "100")[0]["helpfulness"]["B"] < 500
+    write_answers(tmp_path, "B", "another")
+    with pytest.raises(UserError, match="all 320 verdicts are on other answers than the points files hold"):
+        rate_file(tmp_path, path)
+    (tmp_path / "B_points.jsonl").unlink()
+    with pytest.raises(UserError, match="several answers of B to one prompt, and no points file says which count"):
+        rate_file(tmp_path, path)
+    write_jsonl(path, read_jsonl(path)[:160])  # one version only: nothing to be told apart
+    assert rate_file(tmp_path, path, "--draws", "100")[0]["helpfulness"]["B"] < 500
 
 
 @pytest.mark.parametrize("change", [{"scores": "7, 8"}, {"scores": [7]}, {"dimension": "style"}, {"model_b": "a"}])

@@ -270,6 +270,7 @@ def test_published_models_open_quickly_and_a_point_can_be_clicked(browser, golde
     assert min(seconds) < MOST_SECONDS  # the least: other work on the machine only adds to it
     assert "18,216 of 18,216" in script(browser, "return document.getElementById('count').textContent")
     points = script(browser, "return JSON.parse(document.getElementById('report-data').textContent).points")
+    assert "Alpaca-7B = 1000" in script(browser, "return document.querySelector('#ratings .body').textContent")
     lonely = max(range(3036), key=lambda i: points["cost"][i])
     click_point(browser, points["cost"][lonely], points["reward"][lonely])
     assert len(cards(browser)) in (5, 6)

@@ -32,25 +32,41 @@ from alignment.evaluation.judging.cost import (
     expected_usage,
     find_price,
     mean_reply_tokens,
+    name_unpriced,
     total_usage,
-    usages,
     worst_usage,
 )
 from alignment.evaluation.judging.loop import LoopSettings, ask_all
 from alignment.evaluation.judging.prompts import DIMENSIONS, TEMPLATE_HASH, build_messages
-from alignment.evaluation.judging.ratings import PRIOR_SD, rate
-from alignment.evaluation.judging.report import describe_ratings, position_bias, print_ratings
+from alignment.evaluation.judging.ratings import PRIOR_SD, PUBLISHED_BASELINE, choose_baseline, rate
+from alignment.evaluation.judging.report import (
+    describe_ratings,
+    position_bias,
+    print_ratings,
+    temperature_notes,
+)
 from alignment.evaluation.judging.scorer_judge import agreement, scorer_verdicts
 from alignment.evaluation.judging.store import (
     UNDECIDED,
     JudgmentStore,
     decided_by_key,
     last_outcomes,
+    models_and_judges,
+    options_found,
     read_judgments,
     read_records,
     verdicts_of,
 )
-from alignment.evaluation.judging.tasks import Answers, Task, choose_prompts, make_tasks, points_files, read_answers
+from alignment.evaluation.judging.tasks import (
+    Answers,
+    Task,
+    answers_there,
+    choose_prompts,
+    make_tasks,
+    points_files,
+    points_hash,
+    read_answers,
+)
 from alignment.evaluation.judging.verdict import Verdict
 from alignment.evaluation.points import DEFAULT_FOLDER, model_file, models_in
 from alignment.records import check_writable_file, write_json
@@ -59,7 +75,6 @@ from alignment.visualization.style import check_figure, save_figure
 
 OUTPUTS = "alignment/outputs/gpt_elo"
 DEFAULT_JUDGE = "gpt-4.1-mini"  # published
-PUBLISHED_BASELINE = "Alpaca-7B"
 BUDGET_SPENT = 3
 
 
@@ -84,8 +99,8 @@ class Config:
     max_wait: float = setting(600.0, "longest Retry-After in seconds that is waited for", minimum=0.0)
     dry_run: bool = setting(False, "say how many calls are missing and what they cost, and stop")
     budget: float | None = setting(None, "most dollars for all that the judgments file holds", minimum=0.0)
-    price_in: float | None = setting(None, "dollars per million prompt tokens", minimum=0.0)
-    price_out: float | None = setting(None, "dollars per million reply tokens", minimum=0.0)
+    price_in: float | None = setting(None, "dollars per million prompt tokens of the judge that is asked", minimum=0.0)
+    price_out: float | None = setting(None, "dollars per million of its reply tokens", minimum=0.0)
     judgments_out: str = setting(f"{OUTPUTS}/gpt_judgments.jsonl", "where judgments are kept, appended")
     judgments_in: str | None = setting(
         None, "rate this file of judgments, ours or the published format; nothing is asked"
@@ -160,21 +175,41 @@ def refuse_key_in_arguments(argv: list[str]) -> None:
 
 
 def from_file(config: Config, path: str) -> Evidence:
+    answers = answers_there(config.data_dir, config.models or models_and_judges(path)[0])
     verdicts, told = read_judgments(
-        path, config.models, config.judge_model, config.template, config.tie_threshold, config.unscored
+        path, config.models, config.judge_model, config.template, config.tie_threshold, config.unscored, answers
     )
+    if told.get("on_other_answers"):
+        print(
+            f"note: {told['on_other_answers']} verdicts in {path} are on other answers than the points files in "
+            f"{config.data_dir} hold, and do not count",
+            file=sys.stderr,
+        )
     found = list(dict.fromkeys(name for one in verdicts for name in (one.first, one.second)))
     missing = [model for model in config.models if model not in found]
     if missing:
         raise UserError(f"{path} has no verdict on {', '.join(missing)}")
-    models = config.models or found
-    here = [model for model in models if model_file(config.data_dir, model, "points.jsonl").exists()]
-    answers = read_answers(config.data_dir, here) if len(here) > 1 else {}
-    return Evidence(models, verdicts, {"judgments": path, **told}, answers)
+    return Evidence(config.models or found, verdicts, {"judgments": path, **told}, answers)
+
+
+def models_to_judge(config: Config) -> list[str]:
+    """The models that were named, or all in the folder whose answers are there; --normalize_to must be one of them."""
+    models = config.models
+    if not models:
+        found = models_in(config.data_dir)
+        models = [model for model in found if model_file(config.data_dir, model, "points.jsonl").exists()]
+        for model in found:
+            if model not in models:
+                print(
+                    f"note: {config.data_dir} has scores of {model} but no answers, so it is left out", file=sys.stderr
+                )
+    points_files(config.data_dir, models)
+    choose_baseline(models, config.normalize_to)
+    return models
 
 
 def from_scorer(config: Config) -> Evidence:
-    models = config.models or models_in(config.data_dir)
+    models = models_to_judge(config)
     require_same_scorer(points_files(config.data_dir, models))
     answers = read_answers(config.data_dir, models)
     prompts = choose_prompts(answers, config.max_prompts, config.seed)
@@ -185,14 +220,14 @@ def from_scorer(config: Config) -> Evidence:
 def from_endpoint(config: Config) -> Evidence | None:
     """Asks for what is missing; None after a dry run. After a signal the process ends once what was under way is kept."""
     judge = config.judge_model or DEFAULT_JUDGE
-    models = config.models or models_in(config.data_dir)
+    models = models_to_judge(config)
     answers = read_answers(config.data_dir, models)
     prompts = choose_prompts(answers, config.max_prompts, config.seed)
     tasks = make_tasks(answers, prompts, judge, config.orders == "both")
     price = find_price(judge, config.price_in, config.price_out)
     path = Path(config.judgments_out)
     if config.dry_run:
-        print_plan(config, tasks, read_records(path) if path.exists() else [], price)
+        print_plan(config, tasks, read_records(path) if path.exists() else [], judge, price)
         return None
     client = JudgeClient(
         judge,
@@ -204,8 +239,8 @@ def from_endpoint(config: Config) -> Evidence | None:
     )
     settings = LoopSettings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(LoopSettings)})
     with JudgmentStore(path) as store:
-        budget = Budget(config.budget, price, usages(store.records))
-        missing = print_plan(config, tasks, store.records, price)
+        budget = Budget(config.budget, price, total_usage(store.records, judge, price))
+        missing = print_plan(config, tasks, store.records, judge, price)
         progress = ask_all(missing, client, store, budget, settings)
         records = store.records
     outcomes = last_outcomes(records, [task.key for task in tasks])
@@ -213,6 +248,11 @@ def from_endpoint(config: Config) -> Evidence | None:
     records_used = [decided[task.key] for task in tasks if task.key in decided]
     listed = "".join(f", {outcomes[name]} {name}" for name in (*UNDECIDED, "missing") if outcomes[name])
     print(f"{len(records_used)} of {len(tasks)} judgments have a verdict{listed}")
+    options = options_found(records_used)
+    for note in temperature_notes(options, config.temperature):
+        print(f"note: {note}", file=sys.stderr)
+    if client.left_out:
+        print(f"note: {client.address} does not take {', '.join(client.left_out)}: left out", file=sys.stderr)
     if progress.signal is not None:
         print("stopped: run the same command again for the rest, then come the ratings", file=sys.stderr)
         raise SystemExit(128 + progress.signal)
@@ -224,17 +264,17 @@ def from_endpoint(config: Config) -> Evidence | None:
         "served_by": sorted({record["served_by"] for record in records_used if "served_by" in record}),
         "endpoint": client.address,
         "template": TEMPLATE_HASH,
-        "temperature": config.temperature,
+        "options": options,
         "orders": config.orders,
         "outcomes": dict(outcomes),
         "repeated_calls": dict(progress.repeated),
-        "usage": total_usage(records, price),
+        "usage": total_usage(records, judge, price),
     }
     verdicts = verdicts_of(records_used, config.tie_threshold, path)
     return Evidence(models, verdicts, source, answers, BUDGET_SPENT if progress.budget_spent else 0)
 
 
-def print_plan(config: Config, tasks: list[Task], records: list[dict], price: Price | None) -> list[Task]:
+def print_plan(config: Config, tasks: list[Task], records: list[dict], judge: str, price: Price | None) -> list[Task]:
     """Says what is there, what is missing and what that will cost; returns the tasks that are missing."""
     decided = decided_by_key(records)
     missing = [task for task in tasks if task.key not in decided]
@@ -245,7 +285,7 @@ def print_plan(config: Config, tasks: list[Task], records: list[dict], price: Pr
         )
         for task in asked
     ]
-    reply_tokens = mean_reply_tokens(records)
+    reply_tokens = mean_reply_tokens(records, judge)
     expected = [expected_usage(size, reply_tokens) for size in sizes]
     worst = [worst_usage(size, config.max_output_tokens) for size in sizes]
     tokens = [sum(usage[name] for usage in expected) for name in ("prompt_tokens", "completion_tokens")]
@@ -257,16 +297,16 @@ def print_plan(config: Config, tasks: list[Task], records: list[dict], price: Pr
     print(f"about {tokens[0]:,} prompt tokens and {tokens[1]:,} reply tokens", end="")
     if price:
         likely, most = (sum(map(price.of, usage)) for usage in (expected, worst))
-        spent = total_usage(records, price)["dollars"]
-        print(f": ${likely:.2f}, at most ${most:.2f} if no call is repeated; ${spent:.2f} spent before", end="")
-    print("" if price else "; give --price_in and --price_out to see the cost")
+        print(f": ${likely:.2f}, at most ${most:.2f} if no call is repeated", end="")
+    before = total_usage(records, judge, price)
+    spent = f"; ${before['dollars']:.2f} spent before" if "dollars" in before else ""
+    unpriced = f"; not counted: {name_unpriced(before)}" if "without_price" in before else ""
+    print(spent + unpriced + ("" if price else "; give --price_in and --price_out to see the cost"))
     return missing
 
 
 def write_results(config: Config, evidence: Evidence) -> None:
-    models, baseline = evidence.models, config.normalize_to
-    if baseline is None:
-        baseline = PUBLISHED_BASELINE if PUBLISHED_BASELINE in models else models[0]
+    models, baseline = evidence.models, choose_baseline(evidence.models, config.normalize_to)
     ratings, dimensions = {}, {}
     for dimension in DIMENSIONS:
         verdicts = [one for one in evidence.verdicts if one.dimension == dimension]
@@ -283,7 +323,8 @@ def write_results(config: Config, evidence: Evidence) -> None:
     if config.judge != "scorer":
         method["tie_threshold"] = config.tie_threshold
     method |= {"interval": "95 %, bootstrap over prompts", "draws": config.draws, "seed": config.seed}
-    details = {"rating": method, "source": evidence.source, "dimensions": dimensions}
+    points = {model: points_hash(rows.values()) for model, rows in evidence.answers.items() if model in models}
+    details = {"rating": method, "source": evidence.source | {"points": points}, "dimensions": dimensions}
     assert config.ratings_out and config.plot_out  # Config gave them names
     out = Path(config.ratings_out)
     write_json(out, ratings)

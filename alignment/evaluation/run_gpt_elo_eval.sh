@@ -1,5 +1,5 @@
 #!/bin/bash
-# Judged ratings of the classified models (gpt_elo_eval.py).
+# Judged ratings of the classified models (gpt_elo_eval.py): of all in the data folder, unless --models names some.
 #
 #   export OPENAI_API_KEY=...                       # the job inherits it; it is never an argument
 #   sbatch alignment/evaluation/run_gpt_elo_eval.sh
@@ -24,7 +24,6 @@ begin_job
 echo "judged ratings on $(uname -n)"
 code=0
 run "${python[@]}" alignment/evaluation/gpt_elo_eval.py \
-    --models Alpaca-7B Beaver-V1 Beaver-V2 Beaver-V3 ES-500 \
     --max-prompts 200 \
     --concurrency 8 \
     "$@" || code=$?

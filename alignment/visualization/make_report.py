@@ -52,6 +52,8 @@ class Config:
         None, f"ratings file of gpt_elo_eval.py (default: {RATINGS}, if --data-dir is not given)"
     )
     judgments: str | None = setting(None, f"judgments file of gpt_elo_eval.py (default: {JUDGMENTS}, likewise)")
+    judge_model: str | None = setting(None, "of several judges in the judgments file, this one (default: the ratings')")
+    template: str | None = setting(None, "of several wordings of the judge prompts, the one with this hash (likewise)")
     lambda_cost: float = setting(1.0, "lambda of the objective E[R - lambda C]", minimum=0.0)
     title: str = setting("Alignment report", "head of the page")
     output: str = setting("alignment/outputs/report.html", "where the page is written")
@@ -83,12 +85,24 @@ def collect(config: Config, command: str) -> tuple[dict, dict]:
         _given(path, default, config.data_dir)
         for path, default in ((config.ratings, RATINGS), (config.judgments, JUDGMENTS))
     )
-    verdicts = judge.load_verdicts(judgments_file)
-    ratings = judge.ratings(ratings_file, verdicts, models)
-    disagreements = judge.disagreements(judgments_file, verdicts, models)
-    rated = [name for part in (ratings or {"dimensions": {}})["dimensions"].values() for name in part["ratings"]]
+    rated = judge.read_ratings(ratings_file, models, notes) if ratings_file else None
+    judged = judge.Judged([])
+    if judgments_file:
+        judged = judge.read_verdicts(
+            judgments_file,
+            models,
+            config.data_dir,
+            only=config.models,
+            judge=config.judge_model,
+            template=config.template,
+            rated=rated,
+            notes=notes,
+        )
+    ratings = judge.ratings(rated, judged, models)
+    disagreements = judge.disagreements(judged.verdicts, models)
+    names_rated = [name for part in (ratings or {"dimensions": {}})["dimensions"].values() for name in part["ratings"]]
     names = [model.name for model in models]
-    colours = model_colours([*names, *rated, *(run.label for run in runs)])
+    colours = model_colours([*names, *names_rated, *(run.label for run in runs)])
 
     scores, texts = answers.columns(models)
     places = {one: number for number, one in enumerate(prompt_ids(texts["prompts"]))}

@@ -101,11 +101,13 @@ def load_ratings(path: str | Path) -> RatingTable:
     return table
 
 
-def load_details(ratings_path: str | Path, ratings: RatingTable) -> dict | None:
-    """The details beside the ratings; None, with a note, when there are none or they belong to other ratings."""
+def load_details(
+    ratings_path: str | Path, ratings: RatingTable, without: str = "the figure has no intervals"
+) -> dict | None:
+    """The details beside the ratings; None, and a note of what is `without` them, when there are none or of other ratings."""
     path = details_path(ratings_path)
     if not path.exists():
-        print(f"note: no {path.name} beside the ratings, so the figure has no intervals", file=sys.stderr)
+        print(f"note: no {path.name} beside the ratings, so {without}", file=sys.stderr)
         return None
     details = read_object(path)
     try:
@@ -122,7 +124,7 @@ def load_details(ratings_path: str | Path, ratings: RatingTable) -> dict | None:
     if not fits:
         raise UserError(f"{path}: not the details that gpt_elo_eval.py writes; remove the file, or rate again")
     if told != ratings:
-        print(f"note: {path} belongs to other ratings, so the figure has no intervals", file=sys.stderr)
+        print(f"note: {path} belongs to other ratings, so {without}", file=sys.stderr)
         return None
     return details
 

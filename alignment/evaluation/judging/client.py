@@ -2,7 +2,8 @@
 
 The client's own retries are off: the loop must see a rate limit to slow down all calls, and must count what is charged. What a
 server does not know of the optional parameters (structured output, temperature, the name of the token limit) is left out from
-then on. The key comes from OPENAI_API_KEY alone, and no text that leaves this module contains it.
+then on; each reply says what it was asked with. The key comes from OPENAI_API_KEY alone, and no text that leaves this module
+contains it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import email.utils
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from alignment.errors import UserError
@@ -38,6 +39,7 @@ class Reply:
     finish_reason: str | None = None
     error: str | None = None
     wait: float | None = None  # seconds, where the server says when to come back
+    options: dict | None = None  # as they were sent; of a response_format its type
 
 
 class JudgeStopped(UserError):
@@ -67,6 +69,7 @@ class JudgeClient:
         self._options: dict[str, Any] = {"temperature": temperature, "max_completion_tokens": max_output_tokens}
         if structured:
             self._options["response_format"] = RESPONSE_FORMAT
+        self.left_out: list[str] = []  # options that the server did not take
         try:
             self._client = openai.AsyncOpenAI(api_key=self._key, base_url=base_url, timeout=timeout, max_retries=0)
         except Exception as error:  # an address that is not a URL: the HTTP library's own kinds of error
@@ -85,7 +88,12 @@ class JudgeClient:
     async def ask(self, task: Task) -> Reply:
         """Asks once. Raises JudgeStopped when no question can succeed."""
         options = dict(self._options)
-        messages: list[Any] = self.messages(task)
+        reply = await self._ask(self.messages(task), options)
+        if "response_format" in options:
+            options["response_format"] = RESPONSE_FORMAT["type"]
+        return replace(reply, options=options)
+
+    async def _ask(self, messages: list[Any], options: dict[str, Any]) -> Reply:
         try:
             answer = await self._client.chat.completions.create(model=self.model, messages=messages, **options)
         except self._openai.APIStatusError as error:
@@ -162,8 +170,11 @@ class JudgeClient:
         return None
 
     def _leave_out(self, name: str) -> None:
-        value = self._options.pop(name, None)  # another call may have found out before
-        if name == "max_completion_tokens" and value is not None:
+        value = self._options.pop(name, None)
+        if value is None:
+            return  # another call found out before
+        self.left_out.append(name)
+        if name == "max_completion_tokens":
             self._options["max_tokens"] = value  # its older name
 
     def _clean(self, error: object) -> str:

@@ -1,13 +1,16 @@
 """What judging costs: prices, the estimate before, the count during, and the budget that ends a run in time.
 
 Amounts are US dollars. Tokens are counted by the endpoint (`usage`); where it does not say, and before a call, they are
-estimated from the UTF-8 length. A budget covers everything that the judgments file records, former runs included.
+estimated from the UTF-8 length. A budget covers everything that the judgments file records, former runs included; each reply has
+its own judge's price, and --price_in and --price_out are the price of the judge that is asked now.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from alignment.errors import UserError
 
@@ -55,24 +58,42 @@ def worst_usage(message_bytes: int, max_output_tokens: int) -> dict:
     return {"prompt_tokens": round(message_bytes / BYTES_PER_TOKEN_AT_WORST), "completion_tokens": max_output_tokens}
 
 
-def usages(records: Iterable[dict]) -> list[dict]:
-    """Token counts of all replies that the judgments file records."""
-    return [record["usage"] for record in records if record.get("usage")]
+def total_usage(records: Iterable[dict], judge: str, price: Price | None) -> dict:
+    """Charged replies, their tokens, and their dollars, where `price` is that of `judge`.
+
+    `without_price` counts the replies of each judge whose price is not known: `dollars` is without them, and absent when
+    it would be of none.
+    """
+    total: dict[str, Any] = {"replies": 0, "prompt_tokens": 0, "completion_tokens": 0}
+    dollars, without = 0.0, Counter[str]()
+    for record in records:
+        usage, own_judge = record.get("usage"), str(record.get("judge"))
+        if not usage:
+            continue
+        total["replies"] += 1
+        for name in ("prompt_tokens", "completion_tokens"):
+            total[name] += usage[name]
+        own = price if own_judge == judge else find_price(own_judge, None, None)
+        if own is None:
+            without[own_judge] += 1
+        else:
+            dollars += own.of(usage)
+    if total["replies"] > without.total() or price:
+        total["dollars"] = round(dollars, 6)
+    return total | ({"without_price": dict(without)} if without else {})
 
 
-def total_usage(records: Iterable[dict], price: Price | None) -> dict:
-    """Charged replies, their tokens, and dollars where the price is known."""
-    found = usages(records)
-    total = {"replies": len(found)} | {
-        name: sum(usage[name] for usage in found) for name in ("prompt_tokens", "completion_tokens")
-    }
-    return total | ({"dollars": round(price.of(total), 6)} if price else {})
-
-
-def mean_reply_tokens(records: Iterable[dict]) -> float:
-    """What a reply of the judge takes: from the file once it holds 20, else a guess."""
-    found = [usage["completion_tokens"] for usage in usages(records)]
+def mean_reply_tokens(records: Iterable[dict], judge: str) -> float:
+    """What a reply of the judge takes: from the file once it holds 20 of them, else a guess."""
+    found = [row["usage"]["completion_tokens"] for row in records if row.get("usage") and row.get("judge") == judge]
     return sum(found) / len(found) if len(found) >= 20 else EXPECTED_REPLY_TOKENS
+
+
+def name_unpriced(total: dict) -> str:
+    """For example "40 replies of my-judge, whose price is not known"; "" when every price is."""
+    without = total.get("without_price", {})
+    listed = " and ".join(f"{count} replies of {judge}" for judge, count in without.items())
+    return f"{listed}, whose price is not known" if listed else ""
 
 
 class Budget:
@@ -82,11 +103,17 @@ class Budget:
     reply (timeout, dropped connection) may have been charged, so it stays counted against the limit, in this run only.
     """
 
-    def __init__(self, limit: float | None, price: Price | None, spent_before: Iterable[dict]):
+    def __init__(self, limit: float | None, price: Price | None, before: dict):
+        """`before` is the `total_usage` of what was judged already."""
         if limit is not None and price is None:
             raise UserError("--budget needs a price: this judge is not in the table, give --price_in and --price_out")
+        if limit is not None and "without_price" in before:
+            raise UserError(
+                f"--budget: the judgments file holds {name_unpriced(before)}, so what was spent is not known; give this judge "
+                "a file of its own with --judgments_out, or leave --budget out"
+            )
         self.limit, self.price = limit, price
-        self.spent = sum(map(self.cost, spent_before))
+        self.spent = before.get("dollars", 0.0)
         self.unanswered = 0.0
         self._reserved = 0.0
         self.open_calls = 0

@@ -237,4 +237,5 @@ class _Loop:
 
 def _record(task: Task, outcome: str, reply: Reply) -> dict:
     more = {"usage": reply.usage, "served_by": reply.served_by, "finish_reason": reply.finish_reason}
-    return make_record(task, outcome, reply.scores, reply.text, error=reply.error, **more)
+    more |= {"options": reply.options, "error": reply.error}
+    return make_record(task, outcome, reply.scores, reply.text, **more)

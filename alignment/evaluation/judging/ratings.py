@@ -26,6 +26,7 @@ from alignment.evaluation.judging.verdict import Verdict
 POINTS = 400.0 / np.log(10.0)  # rating points of one unit of log odds
 PRIOR_SD = 5000.0  # points
 BASELINE_RATING = 1000.0
+PUBLISHED_BASELINE = "Alpaca-7B"
 ELO_SHUFFLE_SEED = 123  # published
 
 
@@ -54,6 +55,15 @@ class Ratings:
         return self.wins + self.wins.T
 
 
+def choose_baseline(models: Sequence[str], normalize_to: str | None) -> str:
+    """The model at 1000. Raises UserError when the one asked for is not there; ask before anything is paid for."""
+    if normalize_to is None:
+        return PUBLISHED_BASELINE if PUBLISHED_BASELINE in models else models[0]
+    if normalize_to not in models:
+        raise UserError(f"--normalize_to {normalize_to}: not among the models, which are {', '.join(models)}")
+    return normalize_to
+
+
 def rate(
     verdicts: Sequence[Verdict],
     models: Sequence[str],
@@ -68,8 +78,7 @@ def rate(
     Raises UserError when there is no verdict or the baseline is not among the models.
     """
     models = list(models)
-    if baseline not in models:
-        raise UserError(f"--normalize_to {baseline}: not among the models, which are {', '.join(models)}")
+    choose_baseline(models, baseline)
     if not verdicts:
         raise UserError("there is no verdict to rate; see the outcomes above")
     prompts = sorted({verdict.prompt for verdict in verdicts})

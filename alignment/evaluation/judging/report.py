@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -55,6 +55,22 @@ def position_bias(verdicts: Sequence[Verdict]) -> dict | None:
         "both_orders": counts if counts["pairs"] else None,
         "not_asked": not_asked,
     }
+
+
+def temperature_notes(found: Iterable[dict], temperature: float) -> list[str]:
+    """What `options_found` differs in from the temperature that was asked for."""
+    notes = []
+    for one in found:
+        options, count = one["options"], f"{one['judgments']} judgments"
+        if options is None:
+            notes.append(f"{count} do not say at which temperature they were asked for")
+        elif "temperature" not in options:
+            notes.append(
+                f"{count} were asked for without a temperature, so at the endpoint's own, not at {temperature:g}"
+            )
+        elif options["temperature"] != temperature:
+            notes.append(f"{count} were asked for at temperature {options['temperature']}, not at {temperature:g}")
+    return notes
 
 
 def describe_ratings(rated: Ratings) -> dict:

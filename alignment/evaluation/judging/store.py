@@ -2,29 +2,36 @@
 
 A line has the published keys model_a, model_b (A and B as shown), dimension, question, scores, order_ab, raw, and ours:
   key      names the judgment (tasks.py)      outcome  win, loss, tie (for A), refused, unparsed, failed
-  judge, template, answers                    what the key was made of      usage, served_by, finish_reason, error, time
+  judge, template, answers                    what the key was made of      options  what the endpoint was asked with
+  usage, served_by, finish_reason, error, time
 A key is decided once it has a win, loss or tie; the first one counts. Everything else is asked again by the next run.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignment.errors import UserError
 from alignment.evaluation.judging.prompts import DIMENSIONS, TEMPLATE_HASH
-from alignment.evaluation.judging.tasks import Task
+from alignment.evaluation.judging.tasks import Answers, Task, short_hash
 from alignment.evaluation.judging.verdict import TIE, Verdict, result_of
 from alignment.records import JsonlWriter, read_numbered
 
 DECIDED = ("win", "loss", "tie")
 UNDECIDED = ("refused", "unparsed", "failed")
 TOKEN_COUNTS = ("prompt_tokens", "completion_tokens")
-PUBLISHED_KEYS = ("model_a", "model_b", "dimension", "question", "scores")
+COMPARISON = ("question", "model_a", "model_b", "dimension")
+PUBLISHED_KEYS = (*COMPARISON, "scores")
+
+
+class UnclearJudgments(UserError):
+    """Which of a file's judgments count is not clear, or none does."""
 
 
 class JudgmentStore:
@@ -77,6 +84,13 @@ def read_records(path: str | Path, required: Iterable[str] = ()) -> list[dict]:
                 f"{where}: 'outcome' must be one of {', '.join((*DECIDED, *UNDECIDED))}, got {row.get('outcome')!r:.60}; "
                 "remove the line, it is asked again"
             )
+        hashes = row.get("answers", ["", ""])
+        if not isinstance(hashes, list) or [type(one) for one in hashes] != [str, str]:
+            raise UserError(
+                f"{where}: 'answers' must be two texts, got {hashes!r:.60}; remove the line, it is asked again"
+            )
+        if not isinstance(row.get("options", {}), dict):
+            raise UserError(f"{where}: 'options' must be an object, got {row['options']!r:.60}")
         usage = row.get("usage") or dict.fromkeys(TOKEN_COUNTS, 0)
         if not isinstance(usage, dict) or any(type(usage.get(name)) is not int for name in TOKEN_COUNTS):
             raise UserError(
@@ -122,6 +136,13 @@ def last_outcomes(records: Iterable[dict], keys: Iterable[str]) -> Counter:
     return Counter(last.get(key, "missing") for key in wanted)
 
 
+def options_found(records: Iterable[dict]) -> list[dict]:
+    """With which options the records that were asked for were asked, each with its count; None where a record does not say."""
+    asked = [record for record in records if record.get("scores") is not None]
+    counts = Counter(json.dumps(record.get("options"), sort_keys=True) for record in asked)
+    return [{"options": json.loads(options), "judgments": count} for options, count in counts.most_common()]
+
+
 def verdict_of(record: dict, tie_threshold: float, where: object) -> Verdict:
     """A record with scores, or one that is a tie without scores. Raises UserError naming `where` for anything else."""
     scores, names = record["scores"], (record["model_a"], record["model_b"], record["question"])
@@ -136,7 +157,9 @@ def verdict_of(record: dict, tie_threshold: float, where: object) -> Verdict:
     result = result_of(scores, tie_threshold) if scores else TIE
     # Published lines, which have no key, say with null scores that the reply was not understood.
     asked = scores is not None or "key" not in record
-    return Verdict(record["dimension"], names[2], names[0], names[1], result, scores, asked)
+    return Verdict(
+        record["dimension"], names[2], names[0], names[1], result, scores, asked, str(record.get("raw") or "")
+    )
 
 
 def verdicts_of(records: Iterable[dict], tie_threshold: float, where: object) -> list[Verdict]:
@@ -145,42 +168,101 @@ def verdicts_of(records: Iterable[dict], tie_threshold: float, where: object) ->
     return sorted(verdicts, key=lambda one: (one.prompt, *sorted((one.first, one.second)), one.first))
 
 
+def models_and_judges(path: str | Path) -> tuple[list[str], list[tuple[Any, Any]]]:
+    """The models that a judgments file names, each once, and judge and template of every line of ours."""
+    rows = read_records(path, required=PUBLISHED_KEYS)
+    names = dict.fromkeys(row[side] for row in rows for side in ("model_a", "model_b") if isinstance(row[side], str))
+    return list(names), [(row.get("judge"), row.get("template")) for row in rows if "key" in row]
+
+
 def read_judgments(
-    path: str, models: Sequence[str], judge: str | None, template: str | None, tie_threshold: float, unscored: str
+    path: str | Path,
+    models: Sequence[str],
+    judge: str | None,
+    template: str | None,
+    tie_threshold: float,
+    unscored: str,
+    answers: Answers | None = None,
 ) -> tuple[list[Verdict], dict]:
     """Verdicts of an existing file, the published format included, and what is to be told about them.
 
     Published lines (no key) keep their order and count one by one; one without scores is a tie, as published, or left out
-    (`unscored`: "tie" or "skip"). Of our lines each comparison counts once; one of an older answer of the same model gives
-    way to the later. Raises UserError when the file mixes the judgments of several judges or templates and `judge` and
-    `template` do not choose.
+    (`unscored`: "tie" or "skip"). Of our lines each comparison counts once, and only on the answers that the points files hold,
+    as far as `answers` has them. Raises UnclearJudgments when the file mixes the judgments of several judges or templates, and
+    `judge` and `template` do not choose, or those of several answers of a model without points.
     """
     rows = read_records(path, required=PUBLISHED_KEYS)
+    for row in rows:
+        if not all(isinstance(row[key], str) for key in COMPARISON):
+            raise UserError(
+                f"{path}: {', '.join(COMPARISON)} must be texts, got {[row[key] for key in COMPARISON]!r:.80}"
+            )
     if models:
         rows = [row for row in rows if row["model_a"] in models and row["model_b"] in models]
-    published = [row for row in rows if "key" not in row]
+    if not rows:
+        raise UnclearJudgments(f"{path} has no judgment{' between models of ' + ', '.join(models) if models else ''}")
+    kinds = Counter(_kind(row) for row in rows)
+    chosen = judge is not None or template is not None  # published lines do not say who judged
     ours = [row for row in rows if "key" in row]
     ours = [row for row in ours if judge in (None, row.get("judge")) and template in (None, row.get("template"))]
-    kinds = Counter(f"{row.get('judge')} (template {row.get('template')})" for row in ours)
-    if judge is not None or template is not None:
-        published = []  # they do not say who judged
-    if published:
-        kinds["published format"] = len(published)
+    published = [] if chosen else [row for row in rows if "key" not in row]
+    found = ", ".join(f"{kind}: {count}" for kind, count in kinds.items())
+    if chosen and not ours:
+        flags = {"--judge_model": judge, "--template": template}
+        wanted = " ".join(f"{flag} {value}" for flag, value in flags.items() if value is not None)
+        raise UserError(f"{path} has no judgment of {wanted}; it holds {found}")
+    kinds = Counter(_kind(row) for row in [*ours, *published])
     if len(kinds) != 1:
-        found = ", ".join(f"{kind}: {count}" for kind, count in kinds.items()) or "nothing"
-        raise UserError(
-            f"{path}: expected the judgments of one judge and template, found {found}; choose with --judge_model, "
-            "--template and --models"
+        raise UnclearJudgments(
+            f"{path}: expected the judgments of one judge and template, found {found}; choose with --judge_model and --template"
         )
-    told = {"kind": next(iter(kinds)), "lines": len(rows)}
+    told: dict[str, Any] = {"kind": next(iter(kinds)), "lines": len(rows)}
     if published:
         without = sum(row["scores"] is None for row in published)
         told |= {"without_scores": without, "without_scores_count_as": "tie" if unscored == "tie" else "nothing"}
         kept = [row for row in published if row["scores"] is not None or unscored == "tie"]
         return [verdict_of(row, tie_threshold, path) for row in kept], told
-    decided = list(decided_by_key(ours).values())
-    comparison = ("question", "model_a", "model_b", "dimension")
-    latest = {tuple(row[key] for key in comparison): row for row in decided}
-    told |= {"superseded": len(decided) - len(latest)}
-    told["outcomes"] = dict(last_outcomes(ours, {row["key"] for row in ours}))
+    told |= {"judge": ours[0].get("judge"), "template": ours[0].get("template")}
+    current = _on_current_answers(ours, answers or {}, path)
+    decided = list(decided_by_key(current).values())
+    others = len(decided_by_key(ours)) - len(decided)
+    if others and not decided:
+        raise UnclearJudgments(
+            f"{path}: all {others} verdicts are on other answers than the points files hold; judge the new answers, or give the "
+            "--data-dir of the old ones"
+        )
+    latest = {tuple(row[key] for key in COMPARISON): row for row in decided}
+    told |= {"on_other_answers": others, "superseded": len(decided) - len(latest)}
+    told["outcomes"] = dict(last_outcomes(current, {row["key"] for row in current}))
+    told["options"] = options_found(latest.values())
     return verdicts_of(latest.values(), tie_threshold, path), told
+
+
+def _kind(row: dict) -> str:
+    return f"{row.get('judge')} (template {row.get('template')})" if "key" in row else "published format"
+
+
+def _on_current_answers(rows: Sequence[dict], answers: Answers, path: str | Path) -> list[dict]:
+    """Our lines without those on answers that the points files no longer hold: a judgment is of texts, not of names.
+
+    A model without points may have one answer to a prompt, since nothing says which of several counts.
+    """
+    hashes = {
+        (model, prompt): short_hash(row["response"]) for model, own in answers.items() for prompt, row in own.items()
+    }
+    kept, unknown = [], defaultdict[tuple[str, str], set[str]](set)
+    for row in rows:
+        sides = list(zip((row["model_a"], row["model_b"]), row.get("answers", ()), strict=False))
+        if any(model in answers and hashes.get((model, row["question"])) != one for model, one in sides):
+            continue
+        kept.append(row)
+        for model, one in sides:
+            if model not in answers and row["outcome"] in DECIDED:
+                unknown[model, row["question"]].add(one)
+    several = sorted({model for (model, _), found in unknown.items() if len(found) > 1})
+    if several:
+        raise UnclearJudgments(
+            f"{path} judges several answers of {', '.join(several)} to one prompt, and no points file says which count; give the "
+            "--data-dir that has them, or leave them out with --models"
+        )
+    return kept

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,14 +62,29 @@ def points_files(folder: str, models: Sequence[str]) -> list[Path]:
 
 
 def read_answers(folder: str, models: Sequence[str]) -> Answers:
+    points_files(folder, models)
+    return answers_there(folder, models)
+
+
+def answers_there(folder: str, models: Sequence[str]) -> Answers:
+    """The answers of those models that have a points file in `folder`."""
     answers: Answers = {}
-    for model, path in zip(models, points_files(folder, models), strict=True):
+    for model in models:
+        path = model_file(folder, model, "points.jsonl")
+        if not path.exists():
+            continue
         answers[model] = {}
         for row in read_points(path):
             for key in ("prompt", "response"):
                 check_text(row[key], f"{path}: '{key}' of {row['prompt']!r:.40}")
             answers[model][row["prompt"]] = row
     return answers
+
+
+def points_hash(rows: Iterable[dict]) -> str:
+    """Of a model's answers and scores, prompts in any order: ratings and points with different ones do not belong together."""
+    told = sorted(json.dumps([row[key] for key in ("prompt", "response", "reward", "cost")]) for row in rows)
+    return short_hash("\n".join(told))
 
 
 def choose_prompts(answers: Answers, max_prompts: int, seed: int) -> list[str]:

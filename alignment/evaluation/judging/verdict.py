@@ -33,6 +33,7 @@ class Verdict:
     result: float
     scores: tuple[float, float] | None = None
     asked: bool = True  # False for two equal answers, which are a tie without a judge
+    reply: str = ""  # the judge's words
 
 
 def read_scores(reply: str, as_json: bool) -> tuple[float, float] | None:

@@ -57,7 +57,7 @@ function differences(one) {
 function buildRatings(body) {
   const { ratings } = data;
   if (!ratings) return body.replaceChildren(el("p", { class: "faint" }, "No ratings were given (--ratings, --judgments)."));
-  body.replaceChildren(el("p", { class: "faint" }, "Method: " + ratings.method + ". In brackets: 95 % intervals, by bootstrap over prompts."));
+  body.replaceChildren(el("p", { class: "faint" }, "Method: " + [ratings.method, ratings.scale].filter(Boolean).join("; ") + ". In brackets: 95 % intervals, by bootstrap over prompts."));
   const pair = el("div", { class: "pair" });
   body.append(pair);
   for (const [dimension, part] of Object.entries(ratings.dimensions)) {
