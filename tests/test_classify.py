@@ -116,6 +116,10 @@ def test_prompts_that_chose_the_policy_are_told(tmp_path, tiny_policy, prompts, 
     told = capsys.readouterr().out
     assert (said in told) == (chosen is not None)
     assert "23 prompts are too few for a bootstrap interval to be trusted" in told
+    script.main(
+        ["--responses_from", str(tmp_path / "m_points.jsonl"), "--model_name", "n", "--output_dir", str(tmp_path)]
+    )
+    assert read_json(tmp_path / "n_summary.json")["prompts_that_chose_it"] == chosen
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ import numpy as np
 from alignment.errors import UserError, first_line
 from alignment.evaluation.measures import score_arrays
 from alignment.objective import quadrant_labels
-from alignment.records import read_numbered, read_object
+from alignment.records import check_text, read_numbered, read_object
 
 PUBLISHED_KEYS = ("prompt", "response", "reward", "cost", "label")
 FURTHER_KEYS = ("id", "finished", "cut", "raw", "num_tokens", "truncated", "error", "categories", "log_prob_base")
@@ -137,6 +137,15 @@ def read_summary(points_path: str | Path) -> dict | None:
     if not isinstance(summary.get("scorer", {}), dict):
         raise UserError(f"{path}: 'scorer' must be an object, got {summary['scorer']!r:.60}; classify the model again")
     return summary
+
+
+def held_out_prompts(run: str | Path) -> set[str] | None:
+    """The distinct prompts of the last held-out evaluation in a run folder; None where there is none."""
+    evaluations = sorted((Path(run) / "eval").glob("iteration_*_points.jsonl"))
+    if not evaluations:
+        return None
+    rows = read_numbered(evaluations[-1], required=("prompt",))
+    return {check_text(row["prompt"], f"{where}: 'prompt'") for where, row in rows}
 
 
 def chosen_note(name: str, chosen: object, prompts: object) -> str | None:

@@ -14,10 +14,9 @@ import numpy as np
 from alignment.errors import UserError
 from alignment.evaluation.classify_settings import ClassifySettings
 from alignment.evaluation.loading import load_split
-from alignment.evaluation.points import check_answer, is_prompt_id, prompt_ids
-from alignment.records import check_prompt, check_text, load_prompts, read_jsonl, read_numbered
+from alignment.evaluation.points import check_answer, held_out_prompts, is_prompt_id, prompt_ids, read_summary
+from alignment.records import check_prompt, check_text, load_prompts, read_numbered
 
-EVALUATIONS = "iteration_*_points.jsonl"  # of a run, in its folder eval/
 DEFAULT_PROMPTS = "alignment/data/custom_eval_500.jsonl"
 CARRIED = ("finished", "raw", "cut", "num_tokens")  # what a given response may bring along
 
@@ -62,15 +61,15 @@ def load_rows(config: ClassifySettings) -> list[dict]:
 
 def prompts_that_chose(config: ClassifySettings, rows: list[dict]) -> int | None:
     """How many distinct prompts of `rows` are among those on which the policy was chosen: it is the folder `best` of a run, which
-    is the best on the prompts of the run's last held-out evaluation. None where no run's prompts chose it."""
+    is the best on the prompts of the run's last held-out evaluation. None where no run's prompts chose it. Of answers that were
+    classified before, what their summary says."""
+    if config.responses_from:
+        return (read_summary(config.responses_from) or {}).get("prompts_that_chose_it")
     if not config.policy_model_path or config.policy_vllm_ckpt or config.journal:
         return None
     policy = Path(config.policy_model_path).resolve()
-    evaluations = sorted((policy.parent / "eval").glob(EVALUATIONS)) if policy.name == "best" else []
-    if not evaluations:
-        return None
-    chose = {row["prompt"] for row in read_jsonl(evaluations[-1], required=("prompt",))}
-    return len({row["prompt"] for row in rows} & chose)
+    chose = held_out_prompts(policy.parent) if policy.name == "best" else None
+    return None if chose is None else len({row["prompt"] for row in rows} & chose)
 
 
 def _sample(data: list[dict], config: ClassifySettings) -> list[dict]:

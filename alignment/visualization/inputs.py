@@ -11,7 +11,14 @@ from pathlib import Path
 from alignment.config import read_yaml_mapping
 from alignment.errors import UserError
 from alignment.evaluation.compare_models import require_same_scorer, scorer_of
-from alignment.evaluation.points import ModelScores, load_scores, model_file, models_in, read_summary
+from alignment.evaluation.points import (
+    ModelScores,
+    held_out_prompts,
+    load_scores,
+    model_file,
+    models_in,
+    read_summary,
+)
 from alignment.records import read_jsonl, read_object
 from alignment.scoring.scores import deciding, difference, same_scorer
 from alignment.visualization.training_runs import Run
@@ -92,8 +99,7 @@ def asked_of_model(folder: str, model: ModelScores) -> Asked:
 
 def asked_of_run(run: Run) -> Asked:
     """Of its held-out evaluations, which are greedy."""
-    evaluations = sorted((run.folder / "eval").glob("iteration_*_points.jsonl"))
-    prompts = [row["prompt"] for row in read_jsonl(evaluations[-1], required=("prompt",))] if evaluations else None
+    prompts = held_out_prompts(run.folder)
     path = run.folder / "config.yaml"
     config = read_yaml_mapping(path) if path.exists() else {}
     longest = config.get("max_new_tokens", config.get("max_completion_length"))
