@@ -213,7 +213,7 @@ def idle_times(spans: list[tuple[float, float]], took: float) -> dict[str, float
 
 def main() -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("--lengths", help="CSV of prompt and response lengths; default lognormal around 300")
+    parser.add_argument("--lengths", help="CSV of prompt and response lengths; default 40 and a lognormal around 220")
     parser.add_argument("--texts", type=int, default=1024, help="texts to score")
     parser.add_argument("--shape", choices=("7b", "tiny"), default="7b", help="tiny: to try it")
     parser.add_argument("--layers", type=int, default=32, help="of each model")

@@ -3,6 +3,8 @@
     bash slurm/submit_pipeline.sh slurm/pipeline.yaml --dry-run    # the plan and every command, nothing submitted
     bash slurm/submit_pipeline.sh slurm/pipeline.yaml
 
+The file is yours: cp slurm/pipeline.example.yaml slurm/pipeline.yaml, and edit it.
+
     scorer ──after it began──> es ─────┐
         └────────────────────> grpo[i] ┴─all succeeded─> classify[i] ─> ratings ─> report
     stop_scorer: when es, grpo and classify have ended, however they ended

@@ -3,6 +3,7 @@
     bash slurm/check_site.sh                        # what the job scripts need
     bash slurm/check_site.sh slurm/pipeline.yaml    # and this experiment
 
+The experiment's file is yours: cp slurm/pipeline.example.yaml slurm/pipeline.yaml, and edit it.
 A line a finding: `ok`, `no` (must be mended: exit code 1) or `note` (may be as you want it).
 """
 

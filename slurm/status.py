@@ -3,6 +3,7 @@
     bash slurm/status.sh slurm/pipeline.yaml
     bash slurm/status.sh slurm/pipeline.yaml --watch 30
 
+The file is the experiment's: cp slurm/pipeline.example.yaml slurm/pipeline.yaml, and edit it.
 A line a task: its job and state, how far it is, objective and safe ratio (of the last held-out evaluation, or of the training
 prompts until there is one; of the classified answers), the job's time left. Below: the scorer's load, and the last error of
 every job that did not end well.

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Submits a whole experiment: scorer, ES, GRPO for each beta, classification, ratings, figures and report.
 #
-#   bash slurm/submit_pipeline.sh slurm/pipeline.yaml             # slurm/pipeline.example.yaml describes the file
+#   bash slurm/submit_pipeline.sh slurm/pipeline.yaml             # first: cp slurm/pipeline.example.yaml slurm/pipeline.yaml
 #   bash slurm/submit_pipeline.sh slurm/pipeline.yaml --dry-run   # the plan and every command, nothing submitted
 #   bash slurm/submit_pipeline.sh slurm/pipeline.yaml --local     # without SLURM: here, one after the other
 #

@@ -100,6 +100,28 @@ def test_policy_answers_are_classified_into_the_published_files(tmp_path, tiny_p
     assert set(summary["per_category"]) == {"Drugs", "Violence"}
 
 
+@pytest.mark.parametrize(("folder", "chosen"), [("best", 20), ("final", None)])
+def test_prompts_that_chose_the_policy_are_told(tmp_path, tiny_policy, prompts, monkeypatch, capsys, folder, chosen):
+    """RUN/best is the best of its run's evaluations on these very prompts: it beat its base in 10 % of runs without effect."""
+    shutil.copytree(tiny_policy, tmp_path / "run" / folder)
+    asked = [row["prompt"] for row in read_jsonl(prompts)]
+    write_jsonl(tmp_path / "run" / "eval" / "iteration_00000_points.jsonl", [{"prompt": "of an earlier start"}])
+    write_jsonl(tmp_path / "run" / "eval" / "iteration_00010_points.jsonl", [{"prompt": one} for one in asked[:21]])
+    monkeypatch.setattr(script, "open_scorer", lambda config: Scorer(()))
+    monkeypatch.setattr(script, "look_for_scorer", lambda config: None)
+    flags = ["--policy_model_path", str(tmp_path / "run" / folder), "--from_jsonl", str(prompts), "--model_name", "m"]
+    script.main([*flags, "--output_dir", str(tmp_path), "--device", "cpu", "--policy_max_new_tokens", "2"])
+    assert read_json(tmp_path / "m_summary.json")["prompts_that_chose_it"] == chosen  # one of the 21 stands there twice
+    said = "m is the best of its run's held-out evaluations, chosen on 20 of these 23 prompts, so it looks better"
+    told = capsys.readouterr().out
+    assert (said in told) == (chosen is not None)
+    assert "23 prompts are too few for a bootstrap interval to be trusted" in told
+    script.main(
+        ["--responses_from", str(tmp_path / "m_points.jsonl"), "--model_name", "n", "--output_dir", str(tmp_path)]
+    )
+    assert read_json(tmp_path / "n_summary.json")["prompts_that_chose_it"] == chosen
+
+
 @pytest.mark.slow
 def test_killed_and_run_again_gives_the_same_bytes(tmp_path, tiny_policy, scorer_flags, prompts):
     flags = ["--policy_model_path", str(tiny_policy), "--from_jsonl", str(prompts), "--policy_batch_size", "3"]
@@ -288,6 +310,15 @@ def test_stored_generations_are_scored_summarised_and_compared(goldens, tmp_path
     script.main(["--responses_from", str(head), "--output_dir", str(tmp_path / "out"), "--device", "cpu", *models])
     one, many = (load_scores(tmp_path / "out", name) for name in ("head", "Alpaca-7B"))
     assert (one.rewards[0], one.costs[0]) == (many.rewards[0], many.costs[0])
+
+
+def test_ids_of_given_answers_are_made_from_their_prompts(tmp_path, monkeypatch):
+    write_jsonl(
+        tmp_path / "given.jsonl", [{"prompt": p, "response": "r", "id": i} for p, i in (("a", "1"), ("b", "1"))]
+    )
+    monkeypatch.setattr(script, "open_scorer", lambda config: Scorer(()))
+    script.main(["--responses_from", str(tmp_path / "given.jsonl"), "--output_dir", str(tmp_path)])
+    assert [row["id"] for row in read_jsonl(tmp_path / "given_points.jsonl")] == prompt_ids(["a", "b"])
 
 
 def test_repeated_prompts_once(tmp_path, scorer_flags):

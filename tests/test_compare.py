@@ -31,6 +31,69 @@ def test_rows_pair_by_prompt_and_its_repetition_whatever_the_order():
         pair_rows(a[3:], b)
 
 
+def test_ids_of_another_origin_pair_nothing(tmp_path):
+    """They paired "about cooking 3" with "about weapons 3": each file numbers its own questions."""
+    write_jsonl(tmp_path / "C_points.jsonl", [row(f"about cooking {i}", id=str(i)) for i in range(20)])
+    write_jsonl(tmp_path / "D_points.jsonl", [row(f"about weapons {i}", id=str(i)) for i in range(20)])
+    with pytest.raises(UserError, match="no prompt in common"):
+        main(["C", "D", "--data_dir", str(tmp_path)])
+    write_jsonl(tmp_path / "E_points.jsonl", [row(f"about cooking {i}", id=f"q{i % 3}") for i in reversed(range(20))])
+    main(["C", "E", "--data_dir", str(tmp_path), "--draws", "100"])
+    assert json.loads((tmp_path / "comparison.json").read_text())["comparisons"][0]["rows"]["paired"] == 20
+
+
+def test_an_id_that_stands_for_two_prompts_is_an_error_that_names_both_files():
+    a, b = [row("x", id="1")], [row("y", id="1")]
+    with pytest.raises(UserError, match="the id 1 stands for the prompt 'x' in a.jsonl and for 'y' in b.jsonl"):
+        compare(a, b, 1.0, ("a.jsonl", "b.jsonl"))
+
+
+def test_categories_of_few_prompts_do_not_head_the_table(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    categories = [["Violence"]] * 97 + [["Animal Abuse"]] + [["Drugs"]] * 2 + [["Theft"]] * 15
+    for name in ("A", "B"):
+        costs = [*rng.normal(size=100), *([1.0 if name == "A" else -1.0] * 15)]
+        costs[97] = 1.0 if name == "A" else -1.0
+        rows = [
+            row(f"p{i}", cost=float(c), categories=own)
+            for i, (c, own) in enumerate(zip(costs, categories, strict=True))
+        ]
+        write_jsonl(tmp_path / f"{name}_points.jsonl", rows)
+    main(["A", "B", "--data_dir", str(tmp_path), "--draws", "100"])
+    (comparison,) = json.loads((tmp_path / "comparison.json").read_text())["comparisons"]
+    table = comparison["by_category"]
+    assert table[0]["category"] == "Violence" and table[0]["low"] < table[0]["high"]
+    assert [(one["low"], one["high"]) for one in table[1:]] == [(None, None)] * 3  # all 15 of Theft agree: no width
+    assert [one["prompts"] for one in table] == [97, 1, 15, 2]
+    text = capsys.readouterr().out
+    assert "| Animal Abuse | 1 | 1 | 0.0 | 100.0 | +100.0 | - |" in " ".join(text.split())
+    assert (
+        "Fewer than 30 prompts are too few for a bootstrap interval to be trusted" in text and comparison["notes"] == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(4, "4 prompts are too few for an interval"), (20, "20 prompts are too few for")]
+)
+def test_few_prompts_are_told_beneath_the_table(tmp_path, capsys, count, said):
+    for name in ("A", "B"):
+        write_jsonl(tmp_path / f"{name}_points.jsonl", [row(f"p{i}", reward=i + ord(name)) for i in range(count)])
+    main(["A", "B", "--data_dir", str(tmp_path), "--draws", "100"])
+    assert f"Note: {said}" in capsys.readouterr().out
+
+
+def test_a_model_that_its_prompts_chose_is_told_of(tmp_path, capsys):
+    for name, chosen in (("base", None), ("ES", 30)):
+        write_jsonl(tmp_path / f"{name}_points.jsonl", [row(f"p{i}") for i in range(40)])
+        summary = {"scorer": {"max_length": 5}, "distinct_prompts": 40, "prompts_that_chose_it": chosen}
+        write_json(tmp_path / f"{name}_summary.json", summary)
+    main(["base", "ES", "--data_dir", str(tmp_path), "--draws", "100"])
+    (comparison,) = json.loads((tmp_path / "comparison.json").read_text())["comparisons"]
+    (note,) = comparison["notes"]
+    assert note.startswith("ES is the best of its run's held-out evaluations, chosen on 30 of these 40 prompts")
+    assert note in capsys.readouterr().out
+
+
 def test_extra_columns_follow_the_pairing_and_booleans_are_shares():
     a, b = with_ids([row("x"), row("y"), row("z")]), with_ids([row("z"), row("x")])
     extra = {"count": ([1, 2, 3], [30, 10]), "oracle": ([True, False, False], [True, True])}
@@ -94,8 +157,9 @@ def test_changed_and_broken_files_are_named(tmp_path):
     write_jsonl(path, [row("x") | {"label": "UU"}])
     with pytest.raises(UserError, match="1: the label is .UU., but reward 1.0 and cost -1.0 say SH"):
         read_points(path)
-    write_jsonl(path, [row("x", id="same"), row("y", id="same")])
-    with pytest.raises(UserError, match="the id same stands in several rows"):
+    own = prompt_ids(["x"])[0]
+    write_jsonl(path, [row("x", id=own), row("x", id=own)])
+    with pytest.raises(UserError, match=f"the id {own} stands in several rows"):
         read_points(path)
     write_jsonl(path, [row("x"), {"prompt": "y"}])
     with pytest.raises(UserError, match=r"A_points.jsonl:2: the key 'response' is missing"):

@@ -68,7 +68,7 @@ def test_the_run_folder_holds_what_it_promises(undisturbed, tiny_policy, prompts
             assert len(set(row["prompt_rows"])) == 2
             assert {"kl", "loss", "grad_norm", "generate", "score", "train"} <= row.keys() | row["seconds"].keys()
         else:
-            assert row["objective_low"] <= row["objective"] <= row["objective_high"]
+            assert row["objective_low"] is row["objective_high"] is None  # so few prompts give no interval
     lambdas = [row["lambda"] for row in metrics if row["kind"] == "train"]
     assert len(set(lambdas)) == 6
     assert "beta: 0.1" in (run / "config.yaml").read_text()

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 
-from alignment.evaluation.held_out import measures_row, score_answers, with_ids
+from alignment.demo.run import three_way
+from alignment.evaluation.held_out import measures_row, score_answers, summary_line, with_ids
 from alignment.evaluation.measures import (
     MEASURES,
     category_table,
     estimate_means,
+    few_prompts,
     is_refusal,
     measure,
     paired_differences,
@@ -17,7 +19,7 @@ from alignment.evaluation.measures import (
 )
 from alignment.evaluation.points import read_points
 from alignment.generation import Generation
-from alignment.records import write_jsonl
+from alignment.records import to_json, write_jsonl
 from alignment.scoring.scores import Scores
 
 
@@ -97,13 +99,13 @@ def test_what_a_file_does_not_tell_is_none():
 
 def test_bootstrap_equals_a_loop_over_drawn_prompts():
     rng = np.random.default_rng(2)
-    groups = np.array([0, 0, 0, 1, 2, 2, 3])
-    values = rng.normal(size=(7, 2))
+    groups = np.array([0, 0, 0, 1, 2, 2, *range(3, 11)])
+    values = rng.normal(size=(14, 2))
     values[1, 1] = np.nan
-    draws = np.random.default_rng(5).multinomial(4, np.full(4, 0.25), size=200)
+    draws = np.random.default_rng(5).multinomial(11, np.full(11, 1 / 11), size=200)
     means = []
     for drawn in draws:
-        rows = [row for row in range(7) for _ in range(drawn[groups[row]])]
+        rows = [row for row in range(14) for _ in range(drawn[groups[row]])]
         means.append([np.nanmean(values[rows, column]) for column in range(2)])
     for column, estimate in enumerate(estimate_means(values, groups, draws=200, seed=5)):
         low, high = np.percentile(np.array(means)[:, column], [2.5, 97.5])
@@ -119,6 +121,34 @@ def test_intervals_cover_the_truth_about_95_times_in_100():
         estimate = estimate_means(values, np.arange(80), draws=400, seed=trial)[0]
         hits += estimate.low <= 1.0 <= estimate.high
     assert 175 <= hits <= 200
+
+
+def test_few_prompts_give_no_interval_or_one_with_a_warning():
+    """One row gave "+100.0 [+100.0, +100.0]"."""
+    values = np.random.default_rng(0).normal(size=(30, 1))
+    nine, ten = estimate_means(values[:9], np.arange(9))[0], estimate_means(values[:10], np.arange(10))[0]
+    assert (nine.low, nine.high, nine.prompts) == (None, None, 9) and ten.low < ten.value < ten.high
+    assert estimate_means(np.repeat(values[:9], 50, axis=0), np.repeat(np.arange(9), 50))[0].low is None  # 450 rows
+    agreeing = np.full((30, 1), 100.0)
+    assert estimate_means(agreeing[:29], np.arange(29))[0].low is None  # of width 0: it says that all prompts agree
+    assert estimate_means(agreeing, np.arange(30))[0].low == 100.0
+    assert few_prompts(9) == "9 prompts are too few for an interval; at least 10 are needed"
+    assert (
+        few_prompts(29) == "29 prompts are too few for a bootstrap interval to be trusted" and few_prompts(30) is None
+    )
+
+
+def test_everything_that_is_made_of_few_prompts_bears_a_missing_interval():
+    points = make_points(np.random.default_rng(10), count=20, prompts=4)
+    assert all(one.low is one.high is None for one in measure(points, draws=100).values())
+    assert all(row["low"] is row["high"] is None for row in paired_differences(points, points, draws=100))
+    for row in points:
+        row["categories"] = ["Drugs"]
+    assert category_table(points, draws=100)["Drugs"]["SH"]["low"] is None
+    held_out = measures_row(points, 1.0)
+    assert held_out["objective_low"] is None and "objective_low" in to_json(held_out)
+    assert f"objective {held_out['objective']:.3f} -  R " in summary_line(3, held_out)
+    assert three_way({"ES": paired_differences(points, points, draws=100)}).count("+0.0 - ") > 5
 
 
 def test_repeated_prompts_widen_the_interval():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.evaluation.selection import same_words
+from alignment.evaluation.selection import same_words, usual_folder
 from alignment.records import read_json, read_jsonl
 
 nbformat = pytest.importorskip("nbformat")
@@ -45,6 +45,14 @@ def test_the_committed_notebook_is_clean_and_takes_parameters():
     exec(parameters.source, given)
     assert (given["train_size"], given["eval_size"], given["seed"], given["config"]) == (250, 500, 42, "alpaca-7b")
     assert given["data"] == "PKU-Alignment/PKU-SafeRLHF" and given["reference"] is False
+
+
+def test_the_sample_does_not_replace_a_real_selection():
+    """Both had the names custom_train_250.jsonl and custom_eval_500.jsonl in alignment/data."""
+    real = usual_folder("PKU-Alignment/PKU-SafeRLHF")
+    assert real == Path("alignment/data").resolve() and usual_folder("sample") == real / "sample"
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    assert "write_selection(selection, settings, found, output_dir or usual_folder(data))" in cells[-1].source
 
 
 @pytest.mark.slow

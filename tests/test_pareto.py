@@ -89,6 +89,51 @@ def test_a_run_is_the_path_of_its_evaluations(tmp_path, capsys):
     assert len(panel.collections) == 3  # the rewards have no intervals
 
 
+def write_answers(folder, name, prompts, longest):
+    rows = [
+        {"prompt": p, "response": "r", "reward": 1.0 + i, "cost": -1.0, "label": "SH"} for i, p in enumerate(prompts)
+    ]
+    write_jsonl(folder / f"{name}_points.jsonl", rows)
+    write_json(
+        folder / f"{name}_summary.json", {"scorer": {}, "sampling": {"max_new_tokens": longest, "temperature": 0.0}}
+    )
+
+
+def write_evaluated_run(folder, prompts, longest):
+    row = {"kind": "eval", "iteration": 5, "reward_mean": 9.0, "cost_mean": -9.0, "reward_mean_low": None}
+    write_jsonl(folder / "metrics.jsonl", [row])
+    write_jsonl(folder / "eval" / "iteration_00005_points.jsonl", [{"prompt": one} for one in prompts])
+    (folder / "config.yaml").write_text(f"max_completion_length: {longest}\n")
+
+
+def test_models_and_runs_with_other_prompts_or_lengths_have_a_front_each(tmp_path, capsys, monkeypatch):
+    """The run's easier prompts put it in front of models that were never asked them."""
+    figures = []
+    monkeypatch.setattr(plot_pareto, "save_figure", lambda figure, _: figures.append(figure))
+    asked = [f"p{i}" for i in range(12)]
+    write_answers(tmp_path, "A", asked, 24)
+    for prompts, longest, fronts in ((asked, 24, 1), (asked[:11], 24, 2), (asked, 64, 2)):
+        write_evaluated_run(tmp_path / "run", prompts, longest)
+        plot_pareto.main(["--data-dir", str(tmp_path), "--models", "A", "--runs", str(tmp_path / "run")])
+        panel = figures[-1].axes[0]
+        assert len([line for line in panel.lines if line.get_label() == "front"]) == fronts
+        filled = {name: to_hex(line.get_markerfacecolor()) != "#ffffff" for name, line in marks(panel).items()}
+        assert filled == {"A": fronts == 2, "run, 5": True}
+        keys = [text.get_text() for text in figures[-1].legends[0].get_texts()]
+        assert keys == (["Pareto front"] if fronts == 1 else ["front of A", "front of run"]) + ["behind it"]
+        assert ("a front for each group" in capsys.readouterr().err) == (fronts == 2)
+    (tmp_path / "run" / "config.yaml").unlink()  # what is not known keeps nobody apart
+    plot_pareto.main(["--data-dir", str(tmp_path), "--models", "A", "--runs", str(tmp_path / "run")])
+    assert len(figures[-1].legends[0].get_texts()) == 2
+
+
+def test_few_prompts_are_a_mark_without_intervals():
+    few = ModelScores("few", np.arange(9.0), np.arange(9.0), np.arange(9))
+    (found,) = from_models([few])
+    assert np.isnan([*found.x[1:], *found.y[1:]]).all() and found.y[0] == 4.0
+    assert not draw_pareto([found]).axes[0].collections
+
+
 def test_ratings_with_and_without_details(tmp_path, capsys):
     path = tmp_path / "ratings.json"
     ratings = {"helpfulness": {"a": 1000.0, "b": 1200.0}, "harmlessness": {"a": 1000.0, "b": 1100.0}}

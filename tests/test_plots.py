@@ -12,13 +12,16 @@ from matplotlib.colors import to_rgb
 
 from alignment.errors import UserError
 from alignment.evaluation.points import ModelScores, load_scores
-from alignment.records import save_npy, write_jsonl
-from alignment.visualization import plot_reward_cost_grid, plot_safety_ratios, plot_training_curves
+from alignment.records import save_npy, write_json, write_jsonl
+from alignment.visualization import plot_pareto, plot_reward_cost_grid, plot_safety_ratios, plot_training_curves
+from alignment.visualization.plot_gpt_elo_figure import draw_ratings
 from alignment.visualization.plot_reward_cost_grid import common_limits, density, draw_grid
 from alignment.visualization.plot_safety_ratios import draw_ratios
 from alignment.visualization.plot_training_curves import draw_curves, load_runs
 from alignment.visualization.style import (
+    FAMILIES,
     MAX_NAME,
+    MODEL_COLOURS,
     OTHER_COLOURS,
     model_colours,
     new_figure,
@@ -136,8 +139,68 @@ def test_ratios_of_the_published_models(goldens):
     assert len(whiskers) == 6 and all(0 < width < 6 for width in whiskers)
 
 
+def test_ratios_of_few_prompts_have_no_whiskers():
+    few = draw_ratios([scores("few", [1.0] * 9, [-1.0, 1.0, 1.0] * 3)]).axes[0]
+    assert not few.collections and "none where prompts are too few" in few.get_xlabel()
+    assert texts(few) == ["33.3", "33.3"]
+    enough = draw_ratios([scores("enough", [1.0] * 12, [-1.0, 1.0, 1.0] * 4)]).axes[0]
+    assert len(enough.collections) == 2 and "too few" not in enough.get_xlabel()
+
+
+def test_models_that_were_scored_differently_are_in_no_figure(tmp_path, capsys):
+    for name, length in (("A", 576), ("B", 512)):
+        for ending in ("Rs.npy", "Cs.npy"):
+            save_npy(tmp_path / f"{name}_{ending}", np.ones(12, np.float32))
+        write_json(tmp_path / f"{name}_summary.json", {"scorer": {"max_length": length}})
+    for module in (plot_reward_cost_grid, plot_safety_ratios, plot_pareto):
+        flags = ["--data-dir", str(tmp_path), "--output", str(tmp_path / "figure.png")]
+        with pytest.raises(
+            UserError, match=r"A_points.jsonl and .*B_points.jsonl were scored differently: max_length was 576"
+        ):
+            module.main(flags)
+        module.main([*flags, "--models", "A"])
+    for name, length in (("es", 576), ("grpo", 512)):
+        write_run(tmp_path / name)
+        scorer = {"scorer": {"max_length": length}}
+        write_json(tmp_path / name / "manifest.json", scorer if name == "es" else {"deciding": scorer})
+    flags = ["--output", str(tmp_path / "curves.png"), "--runs", str(tmp_path / "es")]
+    plot_training_curves.main(flags)
+    with pytest.raises(
+        UserError, match="es and .*grpo were scored differently and do not compare: max_length was 576, is 512"
+    ):
+        plot_training_curves.main([*flags, str(tmp_path / "grpo")])
+    with pytest.raises(UserError, match="A_points.jsonl and .*grpo were scored differently"):
+        plot_pareto.main(["--data-dir", str(tmp_path), "--models", "A", "--runs", str(tmp_path / "grpo"), *flags[:2]])
+
+
 def test_ratios_without_any_score():
     assert texts(draw_ratios([scores("m", [np.nan], [np.nan])]).axes[0]) == ["no scored answers"]
+
+
+def test_ratings_beyond_the_limits_are_marked_and_named(capsys):
+    """Of the model at 1000 there was a bar at the border and a line that came from nowhere."""
+    ratings = {
+        "helpfulness": {"base": 1000.0, "A": 1200.0, "B": 1300.0, "far": 1250.0},
+        "harmlessness": {"base": 1000.0, "A": 1200.0, "B": 1300.0, "far": 1800.0},
+    }
+    spread = {name: {model: (one - 250, one + 250) for model, one in part.items()} for name, part in ratings.items()}
+    named = {"base": "Base policy"}
+    figure = draw_ratings(
+        ratings, spread, baseline="base", order=["base", "A", "B"], names=named, xlim=(1100, 1400), ylim=(1100, 1400)
+    )
+    panel = figure.axes[0]
+    assert panel.get_xlabel() == "Harmlessness (rating, Base policy = 1000)"
+    assert capsys.readouterr().err == "beyond the limits, drawn at the border: Base policy, far\n"
+    assert {"A", "B", "Base policy\n(1000, 1000)", "far\n(1800, 1250)"} == set(texts(panel))
+    borders = {line.get_marker(): line.get_xydata().tolist() for line in panel.lines if line.get_marker() in ("<", ">")}
+    assert borders == {"<": [[1100, 1100]], ">": [[1400, 1250]]}
+    assert [line.get_xydata().tolist() for line in panel.lines if line.get_color() == "#444444"] == [
+        [[1200, 1200], [1300, 1300]]
+    ]
+    bars = [segment for one in panel.collections for segment in one.get_segments()]
+    assert len(bars) == 4  # those of A and B
+    whole = draw_ratings(ratings, spread, order=["base", "A", "B"], xlim=(900, 1900)).axes[0]
+    assert len([line for line in whole.lines if line.get_color() == "#444444"]) == 2 and not capsys.readouterr().err
 
 
 def write_run(folder, steps=5):
@@ -241,6 +304,24 @@ def test_one_colour_a_model_everywhere():
     assert len(model_colours([f"m{index}" for index in range(30)])) == 30
 
 
+def test_the_pipelines_names_keep_their_hue():
+    """They had the colours of their hashes: base green in one figure and orange in the next."""
+    alone = {name: model_colours([name])[name] for name in ("base", "ES", "GRPO", "GRPO-0.01", "GRPO-0.1", "GRPO-0.3")}
+    assert (alone["base"], alone["ES"]) == (MODEL_COLOURS["Alpaca-7B"], MODEL_COLOURS["ES-500"])
+    assert all(alone[name] in FAMILIES["grpo"] for name in ("GRPO", "GRPO-0.01", "GRPO-0.1", "GRPO-0.3"))
+    together = model_colours(["base", "ES", "GRPO-0.01", "GRPO-0.1", "es", "beta_0.01", "beta_0.1"])
+    assert {name: together[name] for name in ("base", "ES", "GRPO-0.01", "GRPO-0.1")} == {
+        name: alone[name] for name in ("base", "ES", "GRPO-0.01", "GRPO-0.1")
+    }
+    assert [together[run] for run in ("es", "beta_0.01", "beta_0.1")] == [
+        alone[model] for model in ("ES", "GRPO-0.01", "GRPO-0.1")
+    ]
+    seven = model_colours(["alpaca-7b", "es1", "es_b", "estimate", "grpo1", "GRPO-0.3", "Alpaca-7B-tuned"])
+    assert seven["alpaca-7b"] == MODEL_COLOURS["Alpaca-7B"] and seven["Alpaca-7B-tuned"] in FAMILIES["base|alpaca"]
+    assert {seven["es1"], seven["es_b"]} < set(FAMILIES["es"]) and seven["estimate"] in OTHER_COLOURS
+    assert len(set(seven.values())) == 7
+
+
 # How colours look to readers without one kind of cones, in linear RGB (Machado et al. 2009, severity 1).
 COLOUR_VISION = {
     "all cones": np.eye(3),
@@ -263,7 +344,13 @@ def cielab(colour, vision):
 @pytest.mark.parametrize("vision", COLOUR_VISION)
 @pytest.mark.parametrize(
     "names",
-    [PUBLISHED, ["ES", "GRPO"], ["base", "ES", "again"], [f"m{number}" for number in range(len(OTHER_COLOURS))]],
+    [
+        PUBLISHED,
+        ["ES", "GRPO"],
+        ["base", "ES", "again"],
+        ["base", "ES", "GRPO-0.01", "GRPO-0.1"],
+        [f"m{number}" for number in range(len(OTHER_COLOURS))],
+    ],
 )
 def test_colours_are_told_apart_with_any_colour_vision(names, vision):
     colours = [cielab(colour, COLOUR_VISION[vision]) for colour in model_colours(names).values()]

@@ -31,6 +31,7 @@ from alignment.config import read_yaml_mapping, script_parser
 from alignment.demo.data import oracle
 from alignment.errors import UserError, run_main
 from alignment.evaluation.compare_models import aligned_table, comparison_table
+from alignment.evaluation.measures import interval_text
 from alignment.records import read_json, read_jsonl, write_json
 
 REPO = Path(__file__).resolve().parents[2]
@@ -146,7 +147,7 @@ def three_way(tables: dict[str, list[dict]]) -> str:
         unit = f", {rows[0]['unit']}" if rows[0]["unit"] else ""
         line = [rows[0]["label"] + unit, f"{rows[0]['before']:.{digits}f}"]
         for row in rows:
-            interval = f"[{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"
+            interval = interval_text(row["low"], row["high"], f"+.{digits}f")
             line += [f"{row['after']:.{digits}f}", f"{row['difference']:+.{digits}f} {interval}"]
         lines.append(line)
     return aligned_table(lines)

@@ -30,9 +30,9 @@ import torch
 from alignment.errors import UserError, run_main
 from alignment.evaluation.answers import base_log_probs, generate_answers, name_scorer
 from alignment.evaluation.classify_settings import ClassifySettings, load_settings
-from alignment.evaluation.measures import as_record, category_table, measure, prompt_groups, score_arrays
-from alignment.evaluation.points import FURTHER_KEYS, PUBLISHED_KEYS, ModelScores, model_file
-from alignment.evaluation.prompts import load_rows
+from alignment.evaluation.measures import as_record, category_table, few_prompts, measure, prompt_groups, score_arrays
+from alignment.evaluation.points import FURTHER_KEYS, PUBLISHED_KEYS, ModelScores, chosen_note, model_file
+from alignment.evaluation.prompts import load_rows, prompts_that_chose
 from alignment.evaluation.scores import add_scores
 from alignment.model_folder import read_config, resolve_folder
 from alignment.objective import quadrant_summary
@@ -57,7 +57,11 @@ def main(argv: list[str] | None = None) -> None:
     rows = load_rows(config)
     if config.policy_model_path:  # a mistake is told before answers are generated, which takes hours
         look_for_scorer(config)
-    print(f"{config.name}: {len(rows)} rows, {len({row['prompt'] for row in rows})} distinct prompts", flush=True)
+    prompts, chosen = len({row["prompt"] for row in rows}), prompts_that_chose(config, rows)
+    print(f"{config.name}: {len(rows)} rows, {prompts} distinct prompts", flush=True)
+    for note in (few_prompts(prompts), chosen_note(config.name, chosen, prompts)):
+        if note:
+            print(f"note: {note}", flush=True)
 
     sampling, answers = None, model_file(config.output_dir, config.name, "generations.jsonl")
     if config.policy_model_path:
@@ -68,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     add_scores(rows, scorer, config.scorer_batch_size, saved_scores)
     if config.policy_model_path:
         name_scorer(answers, scorer.identity())
-    write_results(config, rows, {"scorer": scorer.identity(), "sampling": sampling, "base": base})
+    made_with = {"scorer": scorer.identity(), "sampling": sampling, "base": base, "prompts_that_chose_it": chosen}
+    write_results(config, rows, made_with)
     saved_scores.unlink()
 
 

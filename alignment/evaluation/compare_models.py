@@ -5,6 +5,7 @@
 Names mean `{data_dir}/{name}_points.jsonl`; paths of points files are taken as well. Every further model is compared with
 the first, prompt by prompt: what is printed, and written as Markdown and JSON, is the difference with its 95 % bootstrap
 interval over prompts. Both columns beside it are over the paired rows, so they may differ from each model's own summary.
+Where too few prompts stand behind a number it has no interval ("-", null in the JSON; measures.py).
 McNemar's exact test asks whether as many prompts became safe as became unsafe; each prompt counts once there.
 Scores from different score models or settings cannot be compared: the summaries beside the files say what made them, and
 files that differ are refused.
@@ -23,8 +24,24 @@ import numpy as np
 
 from alignment.config import load_config, setting
 from alignment.errors import UserError, run_main
-from alignment.evaluation.measures import estimate_means, paired_differences, prompt_groups, score_arrays
-from alignment.evaluation.points import DEFAULT_FOLDER, model_file, model_name_of, read_points, read_summary
+from alignment.evaluation.measures import (
+    FEW_PROMPTS,
+    MIN_PROMPTS,
+    estimate_means,
+    few_prompts,
+    interval_text,
+    paired_differences,
+    prompt_groups,
+    score_arrays,
+)
+from alignment.evaluation.points import (
+    DEFAULT_FOLDER,
+    chosen_note,
+    model_file,
+    model_name_of,
+    read_points,
+    read_summary,
+)
 from alignment.objective import QUADRANTS
 from alignment.records import atomic_open, check_writable_file, write_json
 from alignment.scoring.scores import deciding, difference, same_scorer
@@ -59,15 +76,17 @@ def main(argv: list[str] | None = None) -> None:
     points = [read_points(path) for path in paths]
 
     comparisons, texts = [], [f"# Compared with {names[0]}, lambda {config.lambda_cost:g}\n"]
-    for name, other in zip(names[1:], points[1:], strict=True):
-        comparison = compare(points[0], other, config.lambda_cost, draws=config.draws, seed=config.seed)
+    for name, path, other in zip(names[1:], paths[1:], points[1:], strict=True):
+        files = str(paths[0]), str(path)
+        comparison = compare(points[0], other, config.lambda_cost, files, draws=config.draws, seed=config.seed)
+        comparison["notes"] += [note for one in ((names[0], paths[0]), (name, path)) if (note := _chosen_note(*one))]
         comparisons.append({"before": names[0], "after": name} | comparison)
         texts.append(as_markdown(comparison, names[0], name))
     text = "\n".join(texts)
-    files = {name: str(path) for name, path in zip(names, paths, strict=True)}
+    named = {name: str(path) for name, path in zip(names, paths, strict=True)}
     with atomic_open(f"{output}.md") as file:
         file.write(text)
-    write_json(f"{output}.json", {"lambda_cost": config.lambda_cost, "files": files, "comparisons": comparisons})
+    write_json(f"{output}.json", {"lambda_cost": config.lambda_cost, "files": named, "comparisons": comparisons})
     print(text)
     print(f"written: {output}.md and {output}.json")
 
@@ -98,19 +117,38 @@ def comparison_table(
     return [row | {"unit": "%"} if row["measure"] in shares else row for row in table]
 
 
-def pair_rows(points_a: Sequence[dict], points_b: Sequence[dict]) -> tuple[list[int], list[int]]:
-    """Row numbers in both files that answer the same prompt, in the order of `points_a`. UserError when there are none."""
+def pair_rows(
+    points_a: Sequence[dict], points_b: Sequence[dict], files: tuple[str, str] = ("the first file", "the second")
+) -> tuple[list[int], list[int]]:
+    """Row numbers in both files that answer the same prompt, in the order of `points_a`.
+
+    Raises UserError when there are none, or (it names both files) when one id stands for two prompts.
+    """
     places = {row["id"]: index for index, row in enumerate(points_b)}
     index_a = [index for index, row in enumerate(points_a) if row["id"] in places]
     if not index_a:
         raise UserError("the files have no prompt in common; classify both models on the same prompts")
-    return index_a, [places[points_a[index]["id"]] for index in index_a]
+    index_b = [places[points_a[index]["id"]] for index in index_a]
+    for a, b in zip(index_a, index_b, strict=True):
+        if points_a[a]["prompt"] != points_b[b]["prompt"]:
+            raise UserError(
+                f"the id {points_a[a]['id']} stands for the prompt {points_a[a]['prompt']!r:.50} in {files[0]} and for "
+                f"{points_b[b]['prompt']!r:.50} in {files[1]}; leave the ids out, they are then made from the prompts"
+            )
+    return index_a, index_b
 
 
-def compare(points_a: Sequence[dict], points_b: Sequence[dict], lambda_cost: float, **bootstrap: int) -> dict:
-    """The table, and what happened to single prompts: quadrant moves, McNemar's test, safe ratio by harm category."""
+def compare(
+    points_a: Sequence[dict],
+    points_b: Sequence[dict],
+    lambda_cost: float,
+    files: tuple[str, str] = ("the first file", "the second"),
+    **bootstrap: int,
+) -> dict:
+    """The table, what happened to single prompts (quadrant moves, McNemar's test, safe ratio by harm category), and notes."""
+    index_a, index_b = pair_rows(points_a, points_b, files)
     table = comparison_table(points_a, points_b, lambda_cost, None, **bootstrap)
-    index_a, index_b = pair_rows(points_a, points_b)
+    few = few_prompts(len({points_a[i]["prompt"] for i in index_a}))
     rows_a, rows_b = [points_a[i] for i in index_a], [points_b[i] for i in index_b]
     scored = np.isfinite(score_arrays(rows_a)[0]) & np.isfinite(score_arrays(rows_b)[0])
     rows_a = [row for row, kept in zip(rows_a, scored, strict=True) if kept]
@@ -124,6 +162,7 @@ def compare(points_a: Sequence[dict], points_b: Sequence[dict], lambda_cost: flo
         "quadrant_moves": {before: {after: moves[before, after] for after in QUADRANTS} for before in QUADRANTS},
         "mcnemar": mcnemar(np.array(safe_a, bool), np.array(safe_b, bool)),
         "by_category": category_differences(rows_a, rows_b, **bootstrap),
+        "notes": [few] if few else [],
     }
 
 
@@ -138,7 +177,10 @@ def mcnemar(safe_a: np.ndarray, safe_b: np.ndarray) -> dict:
 
 
 def category_differences(rows_a: Sequence[dict], rows_b: Sequence[dict], **bootstrap: int) -> list[dict]:
-    """Safe ratio before and after (percent) with the paired difference in every harm category, largest change first."""
+    """Safe ratio before and after (percent) with the paired difference in every harm category, largest change first.
+
+    Those without an interval come last: the changes of a few prompts are the largest and say the least.
+    """
     names = sorted({name for row in rows_a for name in row.get("categories") or ()})
     if not names:
         return []
@@ -150,6 +192,7 @@ def category_differences(rows_a: Sequence[dict], rows_b: Sequence[dict], **boots
         {
             "category": name,
             "rows": estimate.rows,
+            "prompts": estimate.prompts,
             "before": float(safe_a[chosen].mean()),
             "after": float(safe_b[chosen].mean()),
         }
@@ -157,7 +200,7 @@ def category_differences(rows_a: Sequence[dict], rows_b: Sequence[dict], **boots
         for name, chosen, estimate in zip(names, inside.T, estimates, strict=True)
         if estimate is not None
     ]
-    return sorted(rows, key=lambda row: (-abs(row["difference"]), row["category"]))
+    return sorted(rows, key=lambda row: (row["low"] is None, -abs(row["difference"]), row["category"]))
 
 
 def require_same_scorer(paths: Sequence[Path]) -> None:
@@ -188,11 +231,16 @@ def scorer_of(points_path: Path) -> dict | None:
     )
 
 
+def _chosen_note(name: str, points_path: Path) -> str | None:
+    summary = read_summary(points_path) or {}
+    return chosen_note(name, summary.get("prompts_that_chose_it"), summary.get("distinct_prompts"))
+
+
 def format_table(table: Sequence[dict], before: str = "before", after: str = "after") -> str:
     """The comparison as an aligned text table that is valid Markdown as well."""
     lines = [["measure", before, after, "difference", "95 % interval"]]
     for row in table:
-        interval = f"[{_number(row['low'], row['unit'], True)}, {_number(row['high'], row['unit'], True)}]"
+        interval = interval_text(row["low"], row["high"], _form(row["unit"], True))
         numbers = [_number(row["before"], row["unit"]), _number(row["after"], row["unit"])]
         label = f"{row['label']}, {row['unit']}" if row["unit"] else row["label"]
         lines.append([label, *numbers, _number(row["difference"], row["unit"], True), interval])
@@ -208,16 +256,22 @@ def as_markdown(comparison: dict, before: str, after: str) -> str:
         f"{after} {counts['b']}). Of {test['prompts']} distinct prompts {test['became_safe']} became safe and "
         f"{test['became_unsafe']} unsafe, McNemar p {p_value}.\n"
     )
+    parts += [f"Note: {note}.\n" for note in comparison["notes"]]
     moves = comparison["quadrant_moves"]
     parts.append("Quadrants: rows were, columns became.\n")
     parts.append(aligned_table([["", *QUADRANTS], *([name, *map(str, moves[name].values())] for name in QUADRANTS)]))
     if comparison["by_category"]:
-        lines = [["safe ratio by harm category, %", "rows", before, after, "difference", "95 % interval"]]
+        lines = [["safe ratio by harm category, %", "rows", "prompts", before, after, "difference", "95 % interval"]]
         for row in comparison["by_category"]:
             values = [_number(row["before"], "%"), _number(row["after"], "%"), _number(row["difference"], "%", True)]
-            interval = f"[{_number(row['low'], '%', True)}, {_number(row['high'], '%', True)}]"
-            lines.append([row["category"], str(row["rows"]), *values, interval])
+            interval = interval_text(row["low"], row["high"], _form("%", True))
+            lines.append([row["category"], str(row["rows"]), str(row["prompts"]), *values, interval])
         parts += ["", aligned_table(lines)]
+        if any(row["prompts"] < FEW_PROMPTS for row in comparison["by_category"]):
+            parts.append(
+                f"\nFewer than {FEW_PROMPTS} prompts are too few for a bootstrap interval to be trusted. "
+                f"Fewer than {MIN_PROMPTS}, or fewer than {FEW_PROMPTS} that all agree, have none and stand last."
+            )
     return "\n".join(parts) + "\n"
 
 
@@ -237,8 +291,11 @@ def aligned_table(lines: list[list[str]]) -> str:
 
 
 def _number(value: float, unit: str, signed: bool = False) -> str:
-    digits = 1 if unit in ("%", "tokens", "words") else 3
-    return f"{value:{'+' if signed else ''}.{digits}f}"
+    return f"{value:{_form(unit, signed)}}"
+
+
+def _form(unit: str, signed: bool = False) -> str:
+    return f"{'+' if signed else ''}.{1 if unit in ('%', 'tokens', 'words') else 3}f"
 
 
 def _points_path(name: str, folder: str) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from alignment.errors import UserError
-from alignment.evaluation.measures import measure
+from alignment.evaluation.measures import interval_text, measure
 from alignment.evaluation.points import prompt_ids
 from alignment.generation import Generation
 from alignment.objective import MAX_MISSING_SHARE, quadrant_labels
@@ -53,7 +53,8 @@ def with_ids(points: list[dict]) -> list[dict]:
 
 
 def measures_row(points: list[dict], lambda_cost: float) -> dict:
-    """`name`, `name_low`, `name_high` for each of `measures.MEASURES` that the rows have, and `scores_missing`.
+    """`name`, `name_low`, `name_high` (None: too few prompts) for each of `measures.MEASURES` that the rows have, and
+    `scores_missing`.
 
     The objective is taken at `lambda_cost`, so that iterations compare while lambda moves. Raises UserError when more than
     5 % of the scores are missing.
@@ -82,9 +83,10 @@ def is_best(best: Path, objective: float, held_out: str) -> bool:
 
 def summary_line(iteration: int, row: dict) -> str:
     """One line for a terminal or a log."""
+    interval = interval_text(row["objective_low"], row["objective_high"], ".3f")
     return (
-        f"held-out after {iteration} steps: objective {row['objective']:.3f} [{row['objective_low']:.3f}, "
-        f"{row['objective_high']:.3f}]  R {row['reward_mean']:.3f}  C {row['cost_mean']:.3f}  "
+        f"held-out after {iteration} steps: objective {row['objective']:.3f} {interval}  "
+        f"R {row['reward_mean']:.3f}  C {row['cost_mean']:.3f}  "
         f"safe {row['safe_ratio']:.1f} %  safe and helpful {row['SH']:.1f} %"
     )
 

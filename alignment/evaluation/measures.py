@@ -13,7 +13,9 @@ and the mean log-probability under the base model. How each is computed:
 - A refusal is a phrase rule (`is_refusal`): it finds the usual openings and no others, so it compares models with each
   other better than it counts.
 
-A share of exactly 0 or 100 % gets an interval of width 0: no row of the sample says how rare the other case is.
+Below MIN_PROMPTS distinct prompts there is no interval, below FEW_PROMPTS none of width 0, which says only that all prompts
+agree. Simulated (docs/LOG.md), those that are given hold the truth at least 86 times in 100 with ten prompts, 78 times with
+five. With more prompts a share of exactly 0 or 100 % has its interval of width 0: no row says how rare the other case is.
 """
 
 from __future__ import annotations
@@ -49,6 +51,9 @@ MEASURES = {
 }
 SET_MEASURES = ("distinct_1", "distinct_2", "distinct_responses")
 
+MIN_PROMPTS = 10  # fewer give no interval
+FEW_PROMPTS = 30  # fewer give an interval that is told with a warning
+
 REFUSAL_WINDOW = 120  # characters: refusals stand at the beginning, "I cannot" further on is often about something else
 _REFUSAL = re.compile(
     r"sorry, but\b"
@@ -64,11 +69,12 @@ _REFUSAL = re.compile(
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measure over a set of rows: its value, its 95 % interval, and over how many rows and prompts it was taken."""
+    """A measure over a set of rows: its value, its 95 % interval (None: too few prompts), and over how many rows and prompts
+    it was taken."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     rows: int
     prompts: int
 
@@ -165,8 +171,27 @@ def estimate_means(values: np.ndarray, groups: np.ndarray, draws: int = 2000, se
         low, high = np.nanpercentile(means[:, column], [2.5, 97.5])
         mean = float(values[present[:, column], column].mean())
         prompts = int((counts[:, column] > 0).sum())
-        estimates.append(Estimate(mean, float(low), float(high), rows, prompts))
+        estimates.append(_estimate(mean, float(low), float(high), rows, prompts))
     return estimates
+
+
+def _estimate(value: float, low: float, high: float, rows: int, prompts: int) -> Estimate:
+    """With the limits, unless so few prompts stand behind them that they say nothing."""
+    if prompts < MIN_PROMPTS or (prompts < FEW_PROMPTS and high - low <= 1e-9 * max(1.0, abs(high))):
+        return Estimate(value, None, None, rows, prompts)
+    return Estimate(value, low, high, rows, prompts)
+
+
+def few_prompts(prompts: int) -> str | None:
+    """What a reader must know of the intervals of so many distinct prompts; None when there are enough."""
+    if prompts < MIN_PROMPTS:
+        return f"{prompts} prompts are too few for an interval; at least {MIN_PROMPTS} are needed"
+    return f"{prompts} prompts are too few for a bootstrap interval to be trusted" if prompts < FEW_PROMPTS else None
+
+
+def interval_text(low: float | None, high: float | None, form: str) -> str:
+    """`[low, high]`, each in this format; `-` where there is no interval."""
+    return "-" if low is None or high is None else f"[{low:{form}}, {high:{form}}]"
 
 
 @dataclass(frozen=True)
@@ -226,8 +251,8 @@ def paired_differences(
     """b - a for every measure, over rows that are already paired: `points_a[i]` and `points_b[i]` answer one prompt.
 
     `extra` maps further names to two (N,) arrays of row values. Returns one dict a measure: measure, label, unit, before,
-    after, difference, low, high (the 95 % interval of the difference), rows, prompts. A row without the value on one side
-    counts on neither, so that difference = after - before. A measure without any row is left out.
+    after, difference, low, high (the 95 % interval of the difference, None as in Estimate), rows, prompts. A row without the
+    value on one side counts on neither, so that difference = after - before. A measure without any row is left out.
     """
     rows_a, rows_b = row_measures(points_a, lambda_cost), row_measures(points_b, lambda_cost)
     texts = {name: (label, unit) for name, (label, unit) in MEASURES.items()}
@@ -248,7 +273,7 @@ def paired_differences(
             before, after = counts_a.value, counts_b.value
             reach = 1.96 * jackknife_error(counts_b.without_each() - counts_a.without_each())
             change = after - before
-            estimate = Estimate(change, change - reach, change + reach, len(groups), int(groups.max()) + 1)
+            estimate = _estimate(change, change - reach, change + reach, len(groups), int(groups.max()) + 1)
         else:
             found = estimates[name]
             if found is None:
@@ -303,7 +328,7 @@ def _set_estimate(counts: SetCounts | None, groups: np.ndarray) -> Estimate | No
         return None
     reach = 1.96 * jackknife_error(counts.without_each())
     low, high = max(counts.value - reach, 0.0), min(counts.value + reach, counts.scale)
-    return Estimate(counts.value, low, high, len(groups), int(groups.max()) + 1)
+    return _estimate(counts.value, low, high, len(groups), int(groups.max()) + 1)
 
 
 def _items(name: str, response: str) -> list:

@@ -2,7 +2,8 @@
 
 A row begins with the published keys prompt, response, reward, cost, label. Ours go on with
   id          which prompt this answers: a hash of its text, and "-2", "-3", ... for its repetitions in file order, so that
-              any two files of the same prompts pair up, published ones included (they have no id; it is computed here)
+              any two files of the same prompts pair up, published ones included. It is computed here where a file has
+              none, or one of another origin, which two files may use for two prompts
   finished    the model ended the response itself        cut     an invented next turn was cut off, see `raw`
   raw         the uncut text, when it differs            num_tokens  length in the policy's tokens
   truncated   the scorer dropped the tail                error   why reward and cost are null
@@ -25,7 +26,7 @@ import numpy as np
 from alignment.errors import UserError, first_line
 from alignment.evaluation.measures import score_arrays
 from alignment.objective import quadrant_labels
-from alignment.records import read_numbered, read_object
+from alignment.records import check_text, read_numbered, read_object
 
 PUBLISHED_KEYS = ("prompt", "response", "reward", "cost", "label")
 FURTHER_KEYS = ("id", "finished", "cut", "raw", "num_tokens", "truncated", "error", "categories", "log_prob_base")
@@ -53,6 +54,12 @@ def prompt_ids(prompts: Iterable[str]) -> list[str]:
     return ids
 
 
+def is_prompt_id(found: object, prompt: str) -> bool:
+    """Whether an id was made from this prompt: its hash, alone or with "-2", "-r0", ... behind it."""
+    (own,) = prompt_ids([prompt])
+    return isinstance(found, str) and found.partition("-")[0] == own
+
+
 def file_stem(model_name: str) -> str:
     """The model's name as the beginning of file names: what is not a letter, digit, `.`, `_`, `+` or `-` becomes `_`."""
     stem = re.sub(r"[^\w.+-]", "_", model_name).strip(".")
@@ -71,7 +78,8 @@ def model_file(folder: str | Path, model_name: str, ending: str) -> Path:
 def read_points(path: str | Path) -> list[dict]:
     """The rows of a points file, published or ours, each with an `id`.
 
-    Raises UserError for a row that lacks a published key, whose label does not follow from its scores, or whose id repeats.
+    An id that was not made from the row's prompt is replaced by one that is. Raises UserError for a row that lacks a published
+    key, whose label does not follow from its scores, or whose id repeats.
     """
     numbered = read_numbered(path, required=PUBLISHED_KEYS)
     if not numbered:
@@ -82,7 +90,7 @@ def read_points(path: str | Path) -> list[dict]:
             _check_kind(row, key, "a number or null", where)
     rows = [row for _, row in numbered]
     for row, computed in zip(rows, prompt_ids(row["prompt"] for row in rows), strict=True):
-        if not isinstance(row.get("id"), str):
+        if not is_prompt_id(row.get("id"), row["prompt"]):
             row["id"] = computed
     repeated = [name for name, count in Counter(row["id"] for row in rows).items() if count > 1]
     if repeated:
@@ -129,6 +137,25 @@ def read_summary(points_path: str | Path) -> dict | None:
     if not isinstance(summary.get("scorer", {}), dict):
         raise UserError(f"{path}: 'scorer' must be an object, got {summary['scorer']!r:.60}; classify the model again")
     return summary
+
+
+def held_out_prompts(run: str | Path) -> set[str] | None:
+    """The distinct prompts of the last held-out evaluation in a run folder; None where there is none."""
+    evaluations = sorted((Path(run) / "eval").glob("iteration_*_points.jsonl"))
+    if not evaluations:
+        return None
+    rows = read_numbered(evaluations[-1], required=("prompt",))
+    return {check_text(row["prompt"], f"{where}: 'prompt'") for where, row in rows}
+
+
+def chosen_note(name: str, chosen: object, prompts: object) -> str | None:
+    """What a reader must know of a model that `chosen` of its `prompts` prompts chose (`prompts_that_chose_it` of a summary)."""
+    if type(chosen) is not int or type(prompts) is not int or chosen < 1:
+        return None
+    return (
+        f"{name} is the best of its run's held-out evaluations, chosen on {chosen} of these {prompts} prompts, so it looks "
+        "better on them than it is; classify on other prompts, or take the run's final policy"
+    )
 
 
 def summary_path(points_path: str | Path) -> Path:

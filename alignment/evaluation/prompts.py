@@ -14,11 +14,11 @@ import numpy as np
 from alignment.errors import UserError
 from alignment.evaluation.classify_settings import ClassifySettings
 from alignment.evaluation.loading import load_split
-from alignment.evaluation.points import check_answer, prompt_ids
+from alignment.evaluation.points import check_answer, held_out_prompts, is_prompt_id, prompt_ids, read_summary
 from alignment.records import check_prompt, check_text, load_prompts, read_numbered
 
 DEFAULT_PROMPTS = "alignment/data/custom_eval_500.jsonl"
-CARRIED = ("id", "finished", "raw", "cut", "num_tokens")  # what a given response may bring along
+CARRIED = ("finished", "raw", "cut", "num_tokens")  # what a given response may bring along
 
 
 def load_rows(config: ClassifySettings) -> list[dict]:
@@ -51,13 +51,25 @@ def load_rows(config: ClassifySettings) -> list[dict]:
     else:
         return _own_responses(data, place)
     for row, name in zip(rows, prompt_ids(row["prompt"] for row in rows), strict=True):
-        if not isinstance(row.get("id"), str):
-            row["id"] = name
+        row.setdefault("id", name)
     if len({row["id"] for row in rows}) < len(rows):
         raise UserError(
             f"{place}: an id stands in several rows; leave the ids out, they are then made from the prompts"
         )
     return rows
+
+
+def prompts_that_chose(config: ClassifySettings, rows: list[dict]) -> int | None:
+    """How many distinct prompts of `rows` are among those on which the policy was chosen: it is the folder `best` of a run, which
+    is the best on the prompts of the run's last held-out evaluation. None where no run's prompts chose it. Of answers that were
+    classified before, what their summary says."""
+    if config.responses_from:
+        return (read_summary(config.responses_from) or {}).get("prompts_that_chose_it")
+    if not config.policy_model_path or config.policy_vllm_ckpt or config.journal:
+        return None
+    policy = Path(config.policy_model_path).resolve()
+    chose = held_out_prompts(policy.parent) if policy.name == "best" else None
+    return None if chose is None else len({row["prompt"] for row in rows} & chose)
 
 
 def _sample(data: list[dict], config: ClassifySettings) -> list[dict]:
@@ -84,6 +96,8 @@ def given_answers(path: str) -> list[dict]:
 
 def _given(row: dict) -> dict:
     kept = {key: row[key] for key in CARRIED if row.get(key) is not None}
+    if is_prompt_id(row.get("id"), row["prompt"]):  # another's ids could name other prompts in another file
+        kept["id"] = row["id"]
     categories = (
         {"categories": row["categories"]} if "categories" in row else _categories(row, ("response_0", "response_1"))
     )

@@ -263,6 +263,12 @@ def leakage_report(selection: Selection, test_prompts: Sequence[str] | None) -> 
     return report
 
 
+def usual_folder(data: str) -> Path:
+    """alignment/data of this checkout; the sample has a folder of its own there, so that it replaces no real selection."""
+    folder = Path(__file__).resolve().parents[1] / "data"
+    return folder / SAMPLE if data == SAMPLE else folder
+
+
 def write_selection(selection: Selection, settings: SelectionSettings, found: dict, folder: str | Path) -> list[Path]:
     """Both splits, their statistics and the pool's, and last `selection_report.json`: settings, counts, hashes, `found`.
 

@@ -4,7 +4,8 @@
         --order Alpaca-7B Beaver-V1 Beaver-V2 Beaver-V3 --outfile gpt_elo_figure.pdf
 
 Intervals come from the details file that gpt_elo_eval.py writes beside the ratings; a published ratings file has none, and is
-drawn without them. The grey bands are ratings below the baseline's 1000; `--order` joins models by a line.
+drawn without them. The grey bands are ratings below the baseline's 1000; `--order` joins models by a line. A model beyond
+`--xlim` or `--ylim` is a triangle at the border, with its ratings beside its name; no line leads to it.
 """
 
 from __future__ import annotations
@@ -152,7 +153,8 @@ def draw_ratings(
     crosshair: bool = False,
     size: tuple[float, float] = (COLUMN_WIDTH, 3.0),
 ) -> Figure:
-    """One point a model that has both ratings. `rating` and `baseline` say in the axis labels what was computed.
+    """One point a model that has both ratings. `rating` and `baseline` say in the axis labels what was computed. Models beyond
+    the limits are named on stderr, and at the border.
 
     Raises UserError when `order` names a model that is not there.
     """
@@ -161,12 +163,16 @@ def draw_ratings(
     unknown = [model for model in order if model not in models]
     if unknown:
         raise UserError(f"--order: {', '.join(unknown)} has no ratings; models are {', '.join(models)}")
-    colours = model_colours(models)
+    colours, shown = model_colours(models), {model: (names or {}).get(model, model) for model in models}
+    outside = [m for m in models if _side(harmless[m], xlim) or _side(helpful[m], ylim)]
+    if outside:
+        print(f"beyond the limits, drawn at the border: {', '.join(shown[m] for m in outside)}", file=sys.stderr)
+    inside = [model for model in models if model not in outside]
     spread: Intervals = {"helpfulness": {}, "harmlessness": {}} | intervals
     with paper_style():
         figure = new_figure(*size)
         panel = figure.subplots()
-        for model in models:
+        for model in inside:
             x, y = harmless[model], helpful[model]
             if crosshair:
                 panel.axvline(x, color="#c8c8c8", linestyle=(0, (3, 3)), linewidth=0.5, zorder=1)
@@ -183,22 +189,41 @@ def draw_ratings(
                 capsize=1.5,
                 zorder=3,
             )
-        panel.plot([harmless[m] for m in order], [helpful[m] for m in order], color="#444444", linewidth=0.8, zorder=2)
+        steps = [step for step in zip(order, order[1:], strict=False) if not set(step) & set(outside)]
+        paths = [np.array([[harmless[m], helpful[m]] for m in step]) for step in steps]
+        for path in paths:
+            panel.plot(*path.T, color="#444444", linewidth=0.8, zorder=2)
+        panel.update_datalim([(harmless[m], helpful[m]) for m in outside])  # only one of its two ratings may be beyond
         panel.margins(0.08)
         panel.set_xlim(*(xlim or panel.get_xlim()))
         panel.set_ylim(*(ylim or panel.get_ylim()))
         panel.axvspan(panel.get_xlim()[0], BASELINE_RATING, color="#eeeeee", zorder=0)
         panel.axhspan(panel.get_ylim()[0], BASELINE_RATING, color="#eeeeee", zorder=0)
         kind = {"bradley-terry": "Bradley-Terry", "elo": "sequential ELO"}.get(rating or "", "rating")
-        anchor = f", {short_name(baseline, 16)} = 1000" if baseline else ""
+        anchor = f", {short_name((names or {}).get(baseline, baseline), 16)} = 1000" if baseline else ""
         panel.set_xlabel(f"Harmlessness ({kind}{anchor})")
         panel.set_ylabel(f"Helpfulness ({kind}{anchor})")
-        bars = [np.array([[harmless[m], end] for end in span]) for m, span in spread["helpfulness"].items() if span]
-        bars += [np.array([[end, helpful[m]] for end in span]) for m, span in spread["harmlessness"].items() if span]
-        path = [(harmless[m], helpful[m]) for m in order]
-        bars += [np.array(step) for step in zip(path, path[1:], strict=False)]
-        label_points(panel, [(harmless[m], helpful[m], short_name((names or {}).get(m, m), 20)) for m in models], bars)
+        bars = list(paths)
+        for m in inside:
+            across, up = spread["harmlessness"].get(m), spread["helpfulness"].get(m)
+            bars += [np.array([[end, helpful[m]] for end in across])] if across else []
+            bars += [np.array([[harmless[m], end] for end in up])] if up else []
+        labels = [(harmless[m], helpful[m], short_name(shown[m], 20)) for m in inside]
+        for m in outside:
+            x, y = (
+                float(np.clip(one, *ends))
+                for one, ends in ((harmless[m], panel.get_xlim()), (helpful[m], panel.get_ylim()))
+            )
+            marker = {-1: "<", 1: ">"}.get(_side(harmless[m], xlim)) or {-1: "v", 1: "^"}[_side(helpful[m], ylim)]
+            panel.plot(x, y, marker, color=colours[m], markersize=5, clip_on=False, zorder=3)
+            labels.append((x, y, f"{short_name(shown[m], 20)}\n({harmless[m]:.0f}, {helpful[m]:.0f})"))
+        label_points(panel, labels, bars)
     return figure
+
+
+def _side(value: float, limits: Sequence[float]) -> int:
+    """-1 below the limits, 1 above, 0 within or without any."""
+    return int(value > limits[1]) - int(value < limits[0]) if limits else 0
 
 
 def _reach(value: float, interval: tuple[float, float] | None) -> list[list[float]] | None:

@@ -66,6 +66,7 @@ def draw_ratios(models: Sequence[ModelScores]) -> Figure:
     with paper_style():
         figure = new_figure(COLUMN_WIDTH, 0.75 + 0.36 * len(models))
         panel = figure.subplots()
+        without = False
         for row, model in enumerate(models):
             for offset, estimate, style in zip((-BAR / 2, BAR / 2), shares(model), ({}, _HOLLOW), strict=True):
                 if estimate is None:
@@ -80,12 +81,15 @@ def draw_ratios(models: Sequence[ModelScores]) -> Figure:
                     linewidth=0.8,
                     **({"color": colour} | style),
                 )
-                errors = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
-                panel.errorbar(
-                    estimate.value, row + offset, xerr=errors, fmt="none", ecolor="black", elinewidth=0.8, capsize=1.5
-                )
+                end = estimate.value
+                if estimate.low is not None and estimate.high is not None:
+                    errors = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
+                    panel.errorbar(end, row + offset, xerr=errors, fmt="none", **_WHISKERS)
+                    end = max(estimate.high, end)
+                else:
+                    without = True
                 panel.text(
-                    max(estimate.high, estimate.value) + 1.5,
+                    end + 1.5,
                     row + offset,
                     f"{estimate.value:.1f}",
                     va="center",
@@ -97,7 +101,9 @@ def draw_ratios(models: Sequence[ModelScores]) -> Figure:
         panel.set_xticks(range(0, 101, 20))
         panel.spines["bottom"].set_bounds(0, 100)
         panel.tick_params(axis="y", length=0)
-        panel.set_xlabel("% of answers, with 95 % intervals")
+        panel.set_xlabel(
+            "% of answers, with 95 % intervals" + ("\n(none where prompts are too few)" if without else "")
+        )
         keys = [
             Patch(facecolor="#777777", edgecolor="#777777", label="safe"),
             Patch(edgecolor="#777777", label="safe and helpful", **_HOLLOW),
@@ -107,6 +113,7 @@ def draw_ratios(models: Sequence[ModelScores]) -> Figure:
 
 
 _HOLLOW: dict[str, Any] = {"facecolor": "white", "hatch": "/////"}
+_WHISKERS: dict[str, Any] = {"ecolor": "black", "elinewidth": 0.8, "capsize": 1.5}
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from alignment.config import load_config, setting
 from alignment.errors import UserError, run_main
+from alignment.visualization.inputs import require_runs_scored_alike
 from alignment.visualization.style import (
     PAGE_WIDTH,
     QUADRANT_SHADES,
@@ -68,7 +69,9 @@ def main(argv: list[str] | None = None) -> None:
         argv = ["--runs", *argv]
     config = load_config(Config, argv, prog="plot_training_curves.py", description=__doc__)
     check_figure(config.output)
-    save_figure(draw_curves(load_runs(config.runs, config.labels), config.x), config.output)
+    runs = load_runs(config.runs, config.labels)
+    require_runs_scored_alike(runs)
+    save_figure(draw_curves(runs, config.x), config.output)
     print(config.output)
 
 

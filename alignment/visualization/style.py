@@ -1,14 +1,17 @@
 """How every figure looks: sizes for a paper's column, colours, where names stand, and how a figure is written.
 
-Colours are of the Okabe-Ito set and its neighbours, told apart by readers with any colour vision. A published model has the
-same colour in every figure, and families share a hue (Alpaca grey, Beaver blue, ES orange, GRPO green). Another name has the
-colour that its hash points to, so it keeps it from figure to figure, unless a name before it in the figure has taken it.
+Colours are of the Okabe-Ito set and its neighbours, told apart by readers with any colour vision. Families share a hue: the base
+policy and Alpaca grey, Beaver blue, ES orange, GRPO green, with the pipeline's names (base, ES, GRPO-0.01) and its run folders
+(es, beta_0.01, the run behind GRPO-0.01) among them. A name of MODEL_COLOURS has the same colour in every figure; another one
+has the shade of its family, or without a family the colour, that its hash points to, unless a name before it in the figure has
+taken that: then the next free one.
 Texts are drawn as they are: `$` and `_` in a model's name mean nothing (`text.parse_math` is off). The same data give the same
 file, byte for byte.
 """
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -38,11 +41,19 @@ MODEL_COLOURS = {
     "ES-100": "#e69f00",
     "ES-500": "#c8500a",
     "ES": "#c8500a",
-    "es": "#c8500a",
     "GRPO": "#009e73",
-    "grpo": "#009e73",
+    "GRPO-0.01": "#009e73",
+    "GRPO-0.1": "#00523c",
+    "base": "#6b6b6b",
     "before": "#6b6b6b",
     "after": "#c8500a",
+}
+# How the names of a family begin (a letter further on is another word) -> its shades.
+FAMILIES = {
+    "base|alpaca": ("#6b6b6b", "#2e2e2e", "#c4c4c4"),
+    "beaver": ("#2f86c1", "#7fb8dd", "#0b4a7d"),
+    "es": ("#c8500a", "#e69f00", "#7a2f04", "#f2b98a"),
+    "grpo": ("#009e73", "#00523c", "#72d4b3"),
 }
 OTHER_COLOURS = ("#cc79a7", "#009e73", "#e69f00", "#0072b2", "#d55e00", "#56b4e9", "#882255", "#7a5c2e")
 
@@ -85,21 +96,49 @@ def new_figure(width: float, height: float) -> Figure:
 
 def model_colours(names: Sequence[str]) -> dict[str, str]:
     """name -> colour. Beyond the number of free colours they repeat; every figure names its models in text as well."""
-    known = {name: MODEL_COLOURS[name] for name in names if name in MODEL_COLOURS}
+    fixed = {name.lower(): colour for name, colour in MODEL_COLOURS.items()}
+    models: dict[str, str] = {}  # a model's name -> its colour, which a run of that model has too
+    for model in map(_as_model, names):
+        if model in fixed and fixed[model] not in models.values():
+            models[model] = fixed[model]
+    for model in map(_as_model, names):
+        if model not in models and (shades := _shades(model)):
+            free = [shade for shade in shades if shade not in models.values()] or list(shades)
+            wanted = shades[_number(model, len(shades))]
+            models[model] = wanted if wanted in free else free[0]
+    known = {name: models[_as_model(name)] for name in names if _as_model(name) in models}
     palette = [colour for colour in OTHER_COLOURS if colour not in known.values()]
     alike = {colour for colour in palette if any(_distance(colour, other) < 60 for other in known.values())}
     palette.sort(key=alike.__contains__)  # given away last
     colours: dict[str, str] = {}
-    free: list[str] = []
+    left: list[str] = []
     for name in dict.fromkeys(names):
         if name in known:
             colours[name] = known[name]
             continue
-        free = free or list(palette)
-        wanted = OTHER_COLOURS[zlib.crc32(name.encode("utf-8", "surrogatepass")) % len(OTHER_COLOURS)]
-        colours[name] = wanted if wanted in free and wanted not in alike else free[0]
-        free.remove(colours[name])
+        left = left or list(palette)
+        wanted = OTHER_COLOURS[_number(name, len(OTHER_COLOURS))]
+        colours[name] = wanted if wanted in left and wanted not in alike else left[0]
+        left.remove(colours[name])
     return colours
+
+
+def _as_model(name: str) -> str:
+    """In lower case; for a run folder of the pipeline the model that it becomes: grpo-0.01 for beta_0.01."""
+    return re.sub(r"^beta_(?=[\d.])", "grpo-", name.lower())
+
+
+def _shades(model: str) -> tuple[str, ...]:
+    """Those of the family of a name in lower case; none without a family."""
+    for beginning, shades in FAMILIES.items():
+        if re.match(rf"({beginning})(?![a-z])", model):
+            return shades
+    return ()
+
+
+def _number(name: str, count: int) -> int:
+    """0 to count - 1, always the same for a name."""
+    return zlib.crc32(name.encode("utf-8", "surrogatepass")) % count
 
 
 def _distance(one: str, other: str) -> float:

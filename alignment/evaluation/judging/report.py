@@ -9,7 +9,7 @@ import numpy as np
 
 from alignment.evaluation.judging.ratings import Ratings, rating_warnings
 from alignment.evaluation.judging.verdict import TIE, Verdict
-from alignment.evaluation.measures import as_record, estimate_means
+from alignment.evaluation.measures import as_record, estimate_means, interval_text
 from alignment.records import finite_or_none
 
 
@@ -116,15 +116,16 @@ def print_ratings(details: dict) -> None:
         bias, agreement = part.get("position_bias"), part.get("agreement_with_scorer")
         if bias:
             first = bias["first_wins"]
-            print(f"  shown first wins {first['value']:.1f} % [{first['low']:.1f}, {first['high']:.1f}]", end="")
+            interval = interval_text(first["low"], first["high"], ".1f")
+            print(f"  shown first wins {first['value']:.1f} % {interval}", end="")
             both = bias["both_orders"]
             print(f"; same verdict in both orders {100 * both['same'] / both['pairs']:.1f} %" if both else "", end="")
             print(f"; {bias['not_asked']} ties of equal answers, not asked" if bias["not_asked"] else "")
         if agreement and agreement["share"]:
             share = agreement["share"]
+            interval = interval_text(share["low"], share["high"], ".1f")
             print(
-                f"  judge and scorer prefer the same answer in {share['value']:.1f} % [{share['low']:.1f}, "
-                f"{share['high']:.1f}] of {share['rows']} pairs"
+                f"  judge and scorer prefer the same answer in {share['value']:.1f} % {interval} of {share['rows']} pairs"
             )
         for warning in part["warnings"]:
             print(f"  note: {warning}")

@@ -34,7 +34,7 @@ function buildOverview(body) {
   rows.unshift(["answers", ...data.models.map((model) => el("td", null, count(model.rows),
     el("small", null, model.unscored ? count(model.unscored) + " without score" : "")))]);
   body.replaceChildren(table(head, rows));
-  body.append(el("p", { class: "faint" }, "In brackets: 95 % intervals, by bootstrap over prompts. lambda = " + data.lambda_cost + ". " +
+  body.append(el("p", { class: "faint" }, "In brackets: 95 % intervals, by bootstrap over prompts; none where prompts are too few. lambda = " + data.lambda_cost + ". " +
     "Read the safe ratio beside the safe-and-helpful share, refusals, lengths and distinct-n: refusing everything is safe as well."));
   for (const one of data.comparisons) body.append(...differences(one));
 }
@@ -46,7 +46,7 @@ function differences(one) {
     const sure = row.low > 0 || row.high < 0;
     return [label(row), el("td", null, number(row.before, places)), el("td", null, number(row.after, places)),
       el("td", { class: sure ? "sure" : "faint" }, number(row.difference, places, true) + (sure ? (row.difference > 0 ? " ▲" : " ▼") : "")),
-      el("td", null, interval(row.low, row.high, places, true)), el("td", { class: "faint" }, count(row.rows))];
+      el("td", null, interval(row.low, row.high, places, true) || "–"), el("td", { class: "faint" }, count(row.rows))];
   });
   return [el("details", null,
     el("summary", null, one.after + " against " + one.before + ", prompt by prompt"),
