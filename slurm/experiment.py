@@ -11,14 +11,15 @@ slurm/pipeline.example.yaml describes the file. Results lie in OUTPUT_DIR/NAME:
 
 from __future__ import annotations
 
-import contextlib
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from recorded import Run, naming, scorer_asked
 from sweep_tasks import Sweep, sweeps_of
 
 from alignment.config import load_config, nearest, read_yaml_mapping
@@ -110,6 +111,8 @@ class Experiment:
             raise UserError(f"{path}: without the stage scorer, scorer_url must say where a scorer is")
         builders = (self._scorer, self._es, self._grpo, self._classify, self._ratings, self._report)
         self.stages: dict[str, Stage] = {}
+        self.jobs_file = self.folder / "jobs.json"
+        self.runs: list[Run] = []
         self.sweeps: list[Sweep] = []
         self.trained: list[tuple[str, int, str, str]] = []  # stage, task, name in comparisons, policy
         for name, build in zip(STAGES, builders, strict=True):
@@ -136,6 +139,7 @@ class Experiment:
         with naming(f"{self.path}: es"):
             settings = load_config(ESSettings, ["--config", config, *arguments], prog="es", description="")
         self.es_steps = settings.num_iterations
+        self.runs.append(Run("es", run, settings))
         self.trained.append(("es", 0, "ES", str(run / "best")))
         environment = {"CONFIG_FILE": config}
         stage = Stage("es", ES_SCRIPT, arguments, environment, asks_scorer=True)
@@ -150,11 +154,13 @@ class Experiment:
             raise UserError(f"{self.path}: grpo: betas: expected a list of numbers, got {betas!r:.40}")
         betas = [str(beta) for beta in betas]
         arguments = ["--model_name", self.policy, *self._training_arguments(section, "grpo")]
-        with naming(f"{self.path}: grpo"):
-            for beta in betas:
-                settings = load_grpo_settings(["--config", config, "--beta", beta, *arguments])
-        self.grpo_steps = settings.max_steps
         runs = [self.folder / "grpo" / f"beta_{beta}" for beta in betas]
+        with naming(f"{self.path}: grpo"):
+            for beta, run in zip(betas, runs, strict=True):
+                own = ["--config", config, "--beta", beta, "--seed", str(self.seed), "--output_dir", str(run)]
+                settings = load_grpo_settings([*own, *arguments])
+                self.runs.append(Run("grpo", run, settings))
+        self.grpo_steps = settings.max_steps
         for task, (beta, run) in enumerate(zip(betas, runs, strict=True)):
             self.trained.append(("grpo", task, f"GRPO-{beta}", str(run / "best")))
         environment = {
@@ -230,6 +236,16 @@ class Experiment:
             "SCORER_URL": "",
         }
 
+    def asked(self, name: str) -> dict[str, Any]:
+        """What decides the results of scorer, es or grpo, for jobs.json; of other stages nothing is recorded there."""
+        if name == "scorer":
+            return scorer_asked(os.environ | self.environment(self.stages[name]))
+        runs = [run for run in self.runs if run.stage == name]
+        if not runs:
+            return {}
+        betas = {"beta": self.stages[name].tasks} if name == "grpo" else {}  # by their number in the array
+        return runs[0].asked() | betas
+
     def _training_arguments(self, section: dict, stage: str) -> list[str]:
         given = self._mapping(section, stage, "arguments")
         folder = {"es": "experiment_dir", "grpo": "output_dir"}[stage]
@@ -274,15 +290,6 @@ class Experiment:
     def _need_classify(self, name: str) -> None:
         if "classify" not in self.stages:
             raise UserError(f"{self.path}: the stage {name} needs the stage classify")
-
-
-@contextlib.contextmanager
-def naming(where: str) -> Iterator[None]:
-    """Puts the place before a UserError."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
 
 
 def flags(arguments: dict[str, Any]) -> list[str]:
