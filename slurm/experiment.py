@@ -189,12 +189,12 @@ class Experiment:
         sweeps += section.get("sweeps") or []
         self.sweep_content = {"defaults": settings | defaults, "sweeps": sweeps}
         self.sweep_file = self.folder / "sweep_configs.yaml"
-        self.sweeps = sweeps_of(self.sweep_content, f"{self.path}: classify")
-        names = [sweep.name for sweep in self.sweeps]
+        names = [str(sweep["model_name"]) for sweep in sweeps if isinstance(sweep, dict) and sweep.get("model_name")]
         if len({file_stem(name) for name in names}) < len(names):
             raise UserError(
                 f"{self.path}: two models of one name among {', '.join(names)} (base_name, classify: sweeps)"
             )
+        self.sweeps = sweeps_of(self.sweep_content, f"{self.path}: classify")
         environment = {"CONFIG_FILE": str(self.sweep_file), "SWEEP": ""}
         stage = Stage("classify", CLASSIFY_SCRIPT, [], environment, tasks=names, asks_scorer=True)
         stage.is_done = lambda task: self.sweeps[task].is_done()
@@ -209,7 +209,9 @@ class Experiment:
         arguments += ["--normalize-to", self.base_name, "--judgments-out", str(out / "judgments.jsonl")]
         arguments += ["--ratings-out", str(out / "ratings.json"), "--plot-out", str(out / "ratings.png"), *flags(given)]
         stage = Stage("ratings", RATINGS_SCRIPT, arguments)
-        stage.is_done = lambda _: is_newer(out / "ratings.json", self._summaries())
+        stage.is_done = lambda _: (
+            is_newer(out / "ratings.json", self._summaries()) and was_asked(out / "ratings_details.json", arguments)
+        )
         return stage
 
     def _report(self, section: dict) -> Stage:
@@ -319,3 +321,9 @@ def is_newer(result: Path, inputs: list[Path]) -> bool:
     if not result.exists() or not all(path.exists() for path in inputs):
         return False
     return all(result.stat().st_mtime >= path.stat().st_mtime for path in inputs)
+
+
+def was_asked(details: Path, arguments: list[str]) -> bool:
+    """Whether ratings were made with these arguments, which the job script puts behind its own."""
+    recorded = read_object(details).get("arguments") if details.exists() else None
+    return not isinstance(recorded, list) or recorded[-len(arguments) :] == arguments

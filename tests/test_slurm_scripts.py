@@ -545,7 +545,7 @@ def content(tmp_path) -> dict:
         ({"name": "a b"}, "name 'a b'"),
         ({"scorer": False}, "without the stage scorer, scorer_url must say where a scorer is"),
         ({"classify": False, "report": {}}, "the stage report needs the stage classify"),
-        ({"classify": {"sweeps": [{"model_name": "ES"}]}}, "the sweeps ES and ES write the same files"),
+        ({"classify": {"sweeps": [{"model_name": "ES"}]}}, "two models of one name"),
         ({"classify": {"sweeps": [{}]}}, "sweep 2 has no model_name"),
         ({"es": {"arguments": {"experiment_dir": "x"}}}, "es: arguments: experiment_dir is the experiment's to choose"),
         ({"grpo": {"arguments": {"output_dir": "x"}}}, "grpo: arguments: output_dir is the experiment's to choose"),
