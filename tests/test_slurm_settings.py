@@ -367,3 +367,76 @@ def test_a_signal_to_a_local_experiment_is_passed_on_and_waited_for(content, tmp
         rest = pipeline.stdout.read()
     assert (pipeline.returncode, saved.exists()) == (128 + number, True), rest
     assert rest == "es has stopped; the same command goes on from here\n"
+
+
+def test_ratings_of_other_arguments_are_made_again(content, tmp_path):
+    from experiment import Experiment
+
+    content = {key: value for key, value in content.items() if key not in ("es", "grpo")}
+    content |= {"ratings": {"arguments": {"judge": "scorer"}}}
+    experiment = Experiment(write(tmp_path / "e.yaml", content))
+    write_json(experiment.sweeps[0].summary, {})
+    out = experiment.folder / "ratings"
+    write_json(out / "ratings.json", {})
+    write_json(
+        out / "ratings_details.json", {"arguments": ["--concurrency", "8", *experiment.stages["ratings"].arguments]}
+    )
+    assert experiment.stages["ratings"].todo() == []
+    content["ratings"]["arguments"]["judge"] = "gpt"
+    assert Experiment(write(tmp_path / "e.yaml", content)).stages["ratings"].todo() == [0]
+
+
+@pytest.mark.slow
+def test_an_experiment_that_is_edited_and_trained_further(tiny_policy, tiny_scorers, tmp_path):
+    """Run here with real models, then edited: nothing passes for done that was made otherwise."""
+    es = {"population_size": 2, "batch_size": 2, "max_new_tokens": 4, "num_iterations": 1, "sigma": 0.05, "alpha": 0.05}
+    content = {
+        "policy": str(tiny_policy),
+        "base_name": "base",
+        "output_dir": str(tmp_path / "out"),
+        "reward_model": str(tiny_scorers[0]),
+        "cost_model": str(tiny_scorers[1]),
+        "train_jsonl": str(questions(tmp_path / "train.jsonl", 4)),
+        "eval_jsonl": str(questions(tmp_path / "eval.jsonl", 3)),
+        "scorer": {"environment": {"SCORER_PROBES": "none"}},
+        "es": {"arguments": es | {"scorer_max_wait": 300}},
+        "classify": {"settings": {"policy_max_new_tokens": 4}},
+    }
+    results = tmp_path / "out" / "e" / "model_comparisons"
+    own = {"LOGS_DIR": str(tmp_path / "logs"), "PYTHON": sys.executable, "SITE_ENV": "/dev/null"}
+
+    def run(now: dict) -> subprocess.CompletedProcess:
+        command = ["bash", "slurm/submit_pipeline.sh", str(write(tmp_path / "e.yaml", now)), "--local"]
+        return subprocess.run(command, cwd=REPO, env=os.environ | own, capture_output=True, text=True, timeout=600)
+
+    def made(name: str) -> tuple[int, str]:
+        sampling = read_json(results / f"{name}_summary.json")["sampling"]
+        return sampling["max_new_tokens"], sampling["weights_hash"]
+
+    done = run(content)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, base = made("ES"), made("base")
+    assert "== " not in run(content).stdout
+    for keys, value, told in (
+        ("cost_model", str(tiny_scorers[0]), r"e.yaml: scorer: .* cost_model"),
+        ("es/arguments/sigma", 0.1, r"e.yaml: es: .* sigma \(was 0.05, now 0.1\)"),
+        ("eval_jsonl", str(questions(tmp_path / "eval2.jsonl", 3)), r"e.yaml: es: .* eval_jsonl"),
+    ):
+        refused = run(edited(content, keys, value))
+        assert refused.returncode == 2 and re.search(told, refused.stderr), refused.stdout + refused.stderr
+
+    content = edited(content, "classify/settings/policy_max_new_tokens", 6)
+    done = run(content)
+    assert done.returncode == 0 and "policy_max_new_tokens (was 4, now 6)" in done.stdout, done.stdout + done.stderr
+    assert "== es" not in done.stdout
+    assert made("ES") == (6, first[1]) and made("base") == (6, base[1])
+
+    content["es"]["arguments"] |= {"num_iterations": 3, "eval_every": 1, "alpha": 0.05}
+    summary = results / "base_summary.json"
+    before = summary.stat().st_mtime_ns
+    done = run(content)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "== es" in done.stdout and "== classify base" not in done.stdout
+    assert summary.stat().st_mtime_ns == before
+    best = read_json(tmp_path / "out" / "e" / "es" / "best" / "trainer_state.json")["iteration"]
+    assert (made("ES")[1] != first[1]) == (best > 1)
