@@ -299,20 +299,25 @@ def test_jobs_that_were_asked_for_something_else_are_not_reused(content, tmp_pat
     for name in ("slurm", "alignment"):
         (tmp_path / name).symlink_to(REPO / name)
     (tmp_path / "logs").mkdir()
-    count, names = tmp_path / "count", {"1": "scorer", "2": "es"}
+    count, names = tmp_path / "count", {"1": "scorer", "2": "es", "3": "grpo"}
     path = fake(tmp_path, "sbatch", f'case "$*" in *--test-only*) exit ;; esac\necho x >>{count}\nwc -l <{count}\n')
     fake(tmp_path, "squeue", f"cat {tmp_path}/queue 2>/dev/null || true\n")
-    content = {key: value for key, value in content.items() if key not in ("grpo", "classify")}
+    content.pop("classify")
 
     def submit(now: dict) -> subprocess.CompletedProcess:
         file = write(tmp_path / "e.yaml", now)
         return bash("slurm/submit_pipeline.sh", file, cwd=tmp_path, PATH=path, PYTHONPATH=str(REPO))
 
     first = submit(content)
-    assert first.returncode == 0 and "scorer       job 1\nes" in first.stdout.replace("  scorer", "scorer").replace(
-        "  es", "es"
+    assert re.findall(r"^  (\w+) +job (\d)", first.stdout, re.MULTILINE) == [
+        ("scorer", "1"),
+        ("es", "2"),
+        ("grpo", "3"),
+        ("stop_scorer", "4"),
+    ]
+    (tmp_path / "queue").write_text(
+        "".join(f"{job}|{'0' if job == '3' else 'N/A'}|{name}.e|RUNNING|1:00|n1\n" for job, name in names.items())
     )
-    (tmp_path / "queue").write_text("".join(f"{job}|N/A|{name}.e|RUNNING|1:00|n1\n" for job, name in names.items()))
     assert "es           job 2 is queued or runs" in submit(content).stdout
     for keys, value, told in (
         ("cost_model", str(tmp_path / "other/cost"), r"scorer: end it first \(scancel 1\): job 1 .* cost_model \(was "),
@@ -331,7 +336,7 @@ def test_jobs_that_were_asked_for_something_else_are_not_reused(content, tmp_pat
         assert (refused.returncode, refused.stdout) == (2, "")
         assert re.match(rf"error: {tmp_path}/e.yaml: {told}", refused.stderr), refused.stderr
     assert submit(edited(content, "es/arguments/num_iterations", 20)).returncode == 0
-    assert len(count.read_text().split()) == 3  # scorer, es, and the one that stops the scorer
+    assert len(count.read_text().split()) == 4  # nothing new
 
 
 TRAINER = """import signal, sys, time

@@ -14,7 +14,7 @@ from alignment.evaluation.sweeps import sweep_arguments
 
 PROG = "classify_reward_cost_unified.py"
 SOURCE_KEYS = ("policy_model_path", "policy_vllm_ckpt", "journal", "responses_from")
-DATA_KEYS = ("dataset_name", "dataset_config", "split", "num_samples")
+DATA_KEYS = ("dataset_name", "dataset_config", "split", "num_samples", "seed")
 SAMPLED = {  # what `sampling` of saved answers calls a setting
     "template": "policy_template",
     "first_turn_only": "first_turn_only",
