@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 from recorded import Run, naming, scorer_asked
-from sweep_tasks import Sweep, sweeps_of
+from sweep_tasks import Sweep, part_of, sweeps_of
 
 from alignment.config import load_config, nearest, read_yaml_mapping
 from alignment.errors import UserError
@@ -325,5 +325,5 @@ def is_newer(result: Path, inputs: list[Path]) -> bool:
 
 def was_asked(details: Path, arguments: list[str]) -> bool:
     """Whether ratings were made with these arguments, which the job script puts behind its own."""
-    recorded = read_object(details).get("arguments") if details.exists() else None
+    recorded = part_of(read_object(details), "source").get("arguments") if details.exists() else None
     return not isinstance(recorded, list) or recorded[-len(arguments) :] == arguments

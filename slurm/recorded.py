@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sweep_tasks import part_of
+
 from alignment.config import read_yaml_mapping
 from alignment.conversation import get_template
 from alignment.errors import UserError
@@ -94,7 +96,7 @@ class Run:
         hashes = (read_object(manifest) if manifest.exists() else {}).get("prompts") or {}
         now: dict[str, Any] = {}
         for key, place in (self.policy | {key: file for key, file in self.files.items() if key not in hashes}).items():
-            if key in then and Path(then[key]).resolve() != Path(place).resolve():
+            if key in then and Path(str(then[key])).resolve() != Path(place).resolve():
                 now[key] = place
         for key, former in hashes.items():
             if (given := text_hash(prompts[key])) != former:
@@ -158,7 +160,7 @@ def check_results(experiment: Experiment) -> None:
                 f"{experiment.path}: classify: {sweep.summary} holds the {summary['source']}; remove it, or give another "
                 f"model_name, or another name to the experiment, for the {source}"
             )
-        scored[sweep.summary] = summary.get("scorer") or {}
+        scored[sweep.summary] = part_of(summary, "scorer")
     if "scorer" not in experiment.stages:
         return
     former = read_jobs_file(experiment.jobs_file)["asked"].get("scorer", {})

@@ -61,9 +61,7 @@ class Sweep:
     def other_answers(self, *free: str) -> str | None:
         """Why the saved answers are not those that are asked for; None when they are, or there are none."""
         head = first_row(self.answers)
-        if (
-            not head or head.get("policy") != self.config.policy
-        ):  # none, or another model's, which the classification refuses
+        if not head or head.get("policy") != self.config.policy:  # another model's: the classification refuses them
             return None
         return self._older(self.answers) or self._changes(self._of_answers(head), free)
 
@@ -72,15 +70,15 @@ class Sweep:
         summary = read_object(self.summary)
         if summary.get("source", self.config.source) != self.config.source:
             return f"they are of the {summary['source']}"
-        recorded = self._of_answers(summary.get("sampling") or {}) | self._of_data(summary.get("data") or {})
+        sampling, data, base, scorer = (part_of(summary, key) for key in ("sampling", "data", "base", "scorer"))
+        recorded = self._of_answers(sampling) | self._of_data(data)
         recorded |= {key: summary[key] for key in ("lambda_cost", "repeated_prompts") if key in summary}
         if self.config.base_model_path:
-            recorded["base_model_path"] = (summary.get("base") or {}).get("model")
+            recorded["base_model_path"] = base.get("model")
         if not self.config.scorer_url:  # what a service scores with, it alone knows
-            scorer = summary.get("scorer") or {}
             for key in ("reward_model", "cost_model"):
-                if key in scorer:
-                    recorded[key] = self._if_known(getattr(self.config, key), scorer[key])
+                if identity := part_of(scorer, key):
+                    recorded[key] = self._if_known(getattr(self.config, key), identity)
             recorded |= {"max_length": scorer["max_length"]} if "max_length" in scorer else {}
         return self._older(self.summary) or self._changes(recorded, (SPEED,))
 
@@ -153,6 +151,12 @@ def newest(path: str | None) -> float:
         return 0.0
     files = [place] if place.is_file() else [file for file in place.iterdir() if file.is_file()]
     return max((file.stat().st_mtime for file in files if file.suffix != ".md"), default=0.0)
+
+
+def part_of(content: dict, key: str) -> dict:
+    """The object under that key; empty where there is none, as in published summaries."""
+    part = content.get(key)
+    return part if isinstance(part, dict) else {}
 
 
 def first_row(path: Path) -> dict:

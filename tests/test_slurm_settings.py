@@ -383,9 +383,8 @@ def test_ratings_of_other_arguments_are_made_again(content, tmp_path):
     write_json(experiment.sweeps[0].summary, {})
     out = experiment.folder / "ratings"
     write_json(out / "ratings.json", {})
-    write_json(
-        out / "ratings_details.json", {"arguments": ["--concurrency", "8", *experiment.stages["ratings"].arguments]}
-    )
+    arguments = ["--concurrency", "8", *experiment.stages["ratings"].arguments]
+    write_json(out / "ratings_details.json", {"source": {"arguments": arguments}})
     assert experiment.stages["ratings"].todo() == []
     content["ratings"]["arguments"]["judge"] = "gpt"
     assert Experiment(write(tmp_path / "e.yaml", content)).stages["ratings"].todo() == [0]

@@ -139,6 +139,8 @@ def main(argv: list[str] | None = None) -> int:
     assert config.ratings_out and config.plot_out  # Config gave them names
     check_figure(config.plot_out)
     check_writable_file(config.ratings_out)
+    if not config.judgments_in:
+        require_same_sampling(points_files(config.data_dir, config.models or models_in(config.data_dir)))
     if config.judgments_in:
         evidence: Evidence | None = from_file(config, config.judgments_in)
     elif config.judge == "scorer":
@@ -147,7 +149,8 @@ def main(argv: list[str] | None = None) -> int:
         evidence = from_endpoint(config)
     if evidence is None:
         return 0
-    write_results(config, evidence, sys.argv[1:] if argv is None else argv)
+    evidence.source["arguments"] = sys.argv[1:] if argv is None else argv
+    write_results(config, evidence)
     return evidence.exit_code
 
 
@@ -175,9 +178,7 @@ def from_file(config: Config, path: str) -> Evidence:
 
 def from_scorer(config: Config) -> Evidence:
     models = config.models or models_in(config.data_dir)
-    files = points_files(config.data_dir, models)
-    require_same_scorer(files)
-    require_same_sampling(files)
+    require_same_scorer(points_files(config.data_dir, models))
     answers = read_answers(config.data_dir, models)
     prompts = choose_prompts(answers, config.max_prompts, config.seed)
     verdicts, missing = scorer_verdicts(answers, prompts)
@@ -188,7 +189,6 @@ def from_endpoint(config: Config) -> Evidence | None:
     """Asks for what is missing; None after a dry run. After a signal the process ends once what was under way is kept."""
     judge = config.judge_model or DEFAULT_JUDGE
     models = config.models or models_in(config.data_dir)
-    require_same_sampling(points_files(config.data_dir, models))
     answers = read_answers(config.data_dir, models)
     prompts = choose_prompts(answers, config.max_prompts, config.seed)
     tasks = make_tasks(answers, prompts, judge, config.orders == "both")
@@ -266,7 +266,7 @@ def print_plan(config: Config, tasks: list[Task], records: list[dict], price: Pr
     return missing
 
 
-def write_results(config: Config, evidence: Evidence, arguments: list[str]) -> None:
+def write_results(config: Config, evidence: Evidence) -> None:
     models, baseline = evidence.models, config.normalize_to
     if baseline is None:
         baseline = PUBLISHED_BASELINE if PUBLISHED_BASELINE in models else models[0]
@@ -286,7 +286,7 @@ def write_results(config: Config, evidence: Evidence, arguments: list[str]) -> N
     if config.judge != "scorer":
         method["tie_threshold"] = config.tie_threshold
     method |= {"interval": "95 %, bootstrap over prompts", "draws": config.draws, "seed": config.seed}
-    details = {"arguments": arguments, "rating": method, "source": evidence.source, "dimensions": dimensions}
+    details = {"rating": method, "source": evidence.source, "dimensions": dimensions}
     assert config.ratings_out and config.plot_out  # Config gave them names
     out = Path(config.ratings_out)
     write_json(out, ratings)
