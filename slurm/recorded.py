@@ -62,7 +62,8 @@ class Run:
         return {key: getattr(self.settings, key) for key in ("train_jsonl", "eval_jsonl")}
 
     def asked(self) -> dict[str, Any]:
-        return {**self.settings.deciding(), **self.policy, **self.files}
+        held_out = {"eval_samples": self.settings.eval_samples, "prompt_key": self.settings.prompt_key}
+        return {**self.settings.deciding(), **self.policy, **self.files, **held_out}
 
     def prompts(self) -> dict[str, list[str]]:
         s = self.settings
