@@ -77,6 +77,12 @@ def weights_hash(folder: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def known_as(model: str) -> str:
+    """What a scorer's identity calls that model: a folder by its own name, wherever it lies; others as they are."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model
+
+
 def tokenizer_hash(folder: Path, chat_template: bool) -> str:
     """16 hex digits of the SHA-256 of the names and bytes of the tokenizer's files, and of its chat template's if asked for.
 

@@ -11,15 +11,16 @@ slurm/pipeline.example.yaml describes the file. Results lie in OUTPUT_DIR/NAME:
 
 from __future__ import annotations
 
-import contextlib
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from sweep_tasks import Sweep, sweeps_of
+from recorded import Run, naming, scorer_asked
+from sweep_tasks import Sweep, part_of, sweeps_of
 
 from alignment.config import load_config, nearest, read_yaml_mapping
 from alignment.errors import UserError
@@ -110,6 +111,8 @@ class Experiment:
             raise UserError(f"{path}: without the stage scorer, scorer_url must say where a scorer is")
         builders = (self._scorer, self._es, self._grpo, self._classify, self._ratings, self._report)
         self.stages: dict[str, Stage] = {}
+        self.jobs_file = self.folder / "jobs.json"
+        self.runs: list[Run] = []
         self.sweeps: list[Sweep] = []
         self.trained: list[tuple[str, int, str, str]] = []  # stage, task, name in comparisons, policy
         for name, build in zip(STAGES, builders, strict=True):
@@ -136,6 +139,7 @@ class Experiment:
         with naming(f"{self.path}: es"):
             settings = load_config(ESSettings, ["--config", config, *arguments], prog="es", description="")
         self.es_steps = settings.num_iterations
+        self.runs.append(Run("es", run, settings))
         self.trained.append(("es", 0, "ES", str(run / "best")))
         environment = {"CONFIG_FILE": config}
         stage = Stage("es", ES_SCRIPT, arguments, environment, asks_scorer=True)
@@ -150,11 +154,13 @@ class Experiment:
             raise UserError(f"{self.path}: grpo: betas: expected a list of numbers, got {betas!r:.40}")
         betas = [str(beta) for beta in betas]
         arguments = ["--model_name", self.policy, *self._training_arguments(section, "grpo")]
-        with naming(f"{self.path}: grpo"):
-            for beta in betas:
-                settings = load_grpo_settings(["--config", config, "--beta", beta, *arguments])
-        self.grpo_steps = settings.max_steps
         runs = [self.folder / "grpo" / f"beta_{beta}" for beta in betas]
+        with naming(f"{self.path}: grpo"):
+            for beta, run in zip(betas, runs, strict=True):
+                own = ["--config", config, "--beta", beta, "--seed", str(self.seed), "--output_dir", str(run)]
+                settings = load_grpo_settings([*own, *arguments])
+                self.runs.append(Run("grpo", run, settings))
+        self.grpo_steps = settings.max_steps
         for task, (beta, run) in enumerate(zip(betas, runs, strict=True)):
             self.trained.append(("grpo", task, f"GRPO-{beta}", str(run / "best")))
         environment = {
@@ -183,12 +189,12 @@ class Experiment:
         sweeps += section.get("sweeps") or []
         self.sweep_content = {"defaults": settings | defaults, "sweeps": sweeps}
         self.sweep_file = self.folder / "sweep_configs.yaml"
-        self.sweeps = sweeps_of(self.sweep_content, f"{self.path}: classify")
-        names = [sweep.name for sweep in self.sweeps]
+        names = [str(sweep["model_name"]) for sweep in sweeps if isinstance(sweep, dict) and sweep.get("model_name")]
         if len({file_stem(name) for name in names}) < len(names):
             raise UserError(
                 f"{self.path}: two models of one name among {', '.join(names)} (base_name, classify: sweeps)"
             )
+        self.sweeps = sweeps_of(self.sweep_content, f"{self.path}: classify")
         environment = {"CONFIG_FILE": str(self.sweep_file), "SWEEP": ""}
         stage = Stage("classify", CLASSIFY_SCRIPT, [], environment, tasks=names, asks_scorer=True)
         stage.is_done = lambda task: self.sweeps[task].is_done()
@@ -203,7 +209,9 @@ class Experiment:
         arguments += ["--normalize-to", self.base_name, "--judgments-out", str(out / "judgments.jsonl")]
         arguments += ["--ratings-out", str(out / "ratings.json"), "--plot-out", str(out / "ratings.png"), *flags(given)]
         stage = Stage("ratings", RATINGS_SCRIPT, arguments)
-        stage.is_done = lambda _: is_newer(out / "ratings.json", self._summaries())
+        stage.is_done = lambda _: (
+            is_newer(out / "ratings.json", self._summaries()) and was_asked(out / "ratings_details.json", arguments)
+        )
         return stage
 
     def _report(self, section: dict) -> Stage:
@@ -229,6 +237,16 @@ class Experiment:
             "SCORER_HOST": "",
             "SCORER_URL": "",
         }
+
+    def asked(self, name: str) -> dict[str, Any]:
+        """What decides the results of scorer, es or grpo, for jobs.json; of other stages nothing is recorded there."""
+        if name == "scorer":
+            return scorer_asked(os.environ | self.environment(self.stages[name]))
+        runs = [run for run in self.runs if run.stage == name]
+        if not runs:
+            return {}
+        betas = {"beta": self.stages[name].tasks} if name == "grpo" else {}  # by their number in the array
+        return runs[0].asked() | betas
 
     def _training_arguments(self, section: dict, stage: str) -> list[str]:
         given = self._mapping(section, stage, "arguments")
@@ -276,15 +294,6 @@ class Experiment:
             raise UserError(f"{self.path}: the stage {name} needs the stage classify")
 
 
-@contextlib.contextmanager
-def naming(where: str) -> Iterator[None]:
-    """Puts the place before a UserError."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
 def flags(arguments: dict[str, Any]) -> list[str]:
     """`--key value ...` from a YAML mapping."""
     words = []
@@ -312,3 +321,9 @@ def is_newer(result: Path, inputs: list[Path]) -> bool:
     if not result.exists() or not all(path.exists() for path in inputs):
         return False
     return all(result.stat().st_mtime >= path.stat().st_mtime for path in inputs)
+
+
+def was_asked(details: Path, arguments: list[str]) -> bool:
+    """Whether ratings were made with these arguments, which the job script puts behind its own."""
+    recorded = part_of(read_object(details), "source").get("arguments") if details.exists() else None
+    return not isinstance(recorded, list) or recorded[-len(arguments) :] == arguments

@@ -26,13 +26,14 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiment import Experiment, Stage, naming
+from experiment import Experiment, Stage
 from local_run import run_here
+from recorded import OPTION, check_results, naming, read_jobs_file, record_asked
 from sweep_tasks import Sweep
 
 from alignment.config import read_yaml_mapping, script_parser
 from alignment.errors import UserError, run_main
-from alignment.records import read_object, write_json
+from alignment.runs import check_same_run
 
 SUBMIT = ["bash", "slurm/submit.sh"]
 STOP_SCORER = "stop_scorer"
@@ -63,8 +64,9 @@ class Pipeline:
 
     def __init__(self, experiment: Experiment, dry_run: bool) -> None:
         self.experiment, self.dry_run = experiment, dry_run
-        self.jobs_file = experiment.folder / "jobs.json"
-        self.jobs: dict[str, list[str]] = read_jobs(self.jobs_file)  # stage -> its jobs, oldest first
+        content = read_jobs_file(experiment.jobs_file)
+        self.jobs: dict[str, list[str]] = content["jobs"]  # stage -> its jobs, oldest first
+        self.asked: dict[str, dict] = content["asked"]  # stage -> what decides its results, when it was last submitted
         self.queue = queued_tasks() if shutil.which("squeue") else []
         self.submitted: list[str] = []
         self.new: dict[str, list[int]] = {}  # stage -> tasks to submit
@@ -127,6 +129,8 @@ class Pipeline:
                 f"{experiment.path} asks for other models than the classification that is queued: wait for it, or take it "
                 f"away first (scancel {' '.join(self.active_jobs('classify'))})"
             )
+        for name in ("scorer", "es", "grpo"):
+            self._check_active(name)
         if shutil.which("sbatch") is None:
             if self.dry_run:
                 return
@@ -139,16 +143,19 @@ class Pipeline:
         if self.new.get("classify"):
             self._check_classify(experiment.stages["classify"])
 
+    def _check_active(self, name: str) -> None:
+        """Raises UserError when a job that is queued or runs was asked for something else."""
+        jobs = self.active_jobs(name)
+        if jobs and name in self.asked:
+            cancel = f"scancel {' '.join(jobs)}"
+            with naming(f"{self.experiment.path}: {name}: end it first ({cancel})"):
+                check_same_run(self.asked[name], self.experiment.asked(name), Path(f"job {', '.join(jobs)}"), OPTION)
+
     def _check_classify(self, stage: Stage) -> None:
         """With a sweep file of its own: the one that is there may be in use."""
-        from alignment.evaluation.classify_settings import load_settings
-
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "sweep_configs.yaml"
             self.experiment.write_sweeps(path)
-            with naming(f"{self.experiment.path}: classify"):
-                for task in range(len(stage.tasks)):
-                    load_settings(["--sweep", str(task), "--sweep_config", str(path)])
             trial = replace(stage, environment=stage.environment | {"CONFIG_FILE": str(path)})
             self._sbatch(trial, [*self._options(stage), "--test-only"])
 
@@ -231,10 +238,6 @@ class Pipeline:
     def _sbatch(self, stage: Stage, options: list[str]) -> str:
         command = [*SUBMIT, "--parsable", *options, stage.script, *stage.arguments]
         environment = self.experiment.environment(stage)
-        if stage.name == "classify" and any(
-            self.experiment.sweeps[task].summary.exists() for task in self.new["classify"]
-        ):
-            environment["FORCE"] = "1"  # results of a policy that has been, or will be, trained further
         if self.dry_run and "--test-only" not in options:
             given = " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items() if value)
             print(f"$ {given} {shlex.join(command)}")
@@ -253,26 +256,15 @@ class Pipeline:
         self.queue += [
             QueuedTask(job, task, self.job_name(name), "PENDING", "", "") for task in self.new.get(name, [0])
         ]
-        write_json(self.jobs_file, {"experiment": self.experiment.name, "jobs": self.jobs})
+        if asked := self.experiment.asked(name):
+            self.asked[name] = asked
+        record_asked(self.experiment, self.jobs, self.asked)
 
     def _cancel(self, name: str) -> None:
         jobs = self.active_jobs(name)
         if jobs and not self.dry_run:
             subprocess.run(["scancel", *jobs], check=False)
         self.queue = [entry for entry in self.queue if entry.job not in jobs]
-
-
-def read_jobs(path: Path) -> dict[str, list[str]]:
-    """stage -> its jobs, oldest first; nothing before the first submission."""
-    if not path.exists():
-        return {}
-    jobs = read_object(path, jobs=dict)["jobs"]
-    for stage, numbers in jobs.items():
-        if not isinstance(numbers, list) or not all(isinstance(number, str) for number in numbers):
-            raise UserError(
-                f"{path}: '{stage}' is {numbers!r:.40}, expected a list of job numbers; was it edited by hand?"
-            )
-    return jobs
 
 
 def queued_tasks() -> list[QueuedTask]:
@@ -300,6 +292,7 @@ def main() -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"another submit_pipeline.sh is at work on {experiment.folder}") from error
+        check_results(experiment)
         if arguments.local:
             run_here(experiment)
             return

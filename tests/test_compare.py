@@ -152,6 +152,47 @@ def test_other_scorers_are_refused_and_both_settings_named(tmp_path):
         main(["A", "D", "--data_dir", str(tmp_path)])
 
 
+def test_answers_of_other_length_or_sampling_are_refused_and_both_values_named(tmp_path, capsys):
+    made = {
+        "max_new_tokens": 40,
+        "temperature": 0.0,
+        "template": "pku",
+        "weights_hash": "0a",
+        "seed": 1,
+        "batch_size": 8,
+    }
+    changes = {"A": {}, "B": {"max_new_tokens": 4}, "C": {"temperature": 1.0}}
+    changes |= {"D": {"weights_hash": "1b", "seed": 2, "batch_size": 9, "engine": "vllm", "dtype": "bfloat16"}}
+    changes |= {"E": {"template": "alpaca"}}
+    for name, change in changes.items():
+        write_jsonl(tmp_path / f"{name}_points.jsonl", [row("x")])
+        write_json(tmp_path / f"{name}_summary.json", {"scorer": {}, "sampling": made | change})
+    folder = ["--data_dir", str(tmp_path), "--draws", "100"]
+    for name, told in (("B", "max_new_tokens was 40, is 4"), ("C", "temperature was 0.0, is 1.0")):
+        with pytest.raises(UserError, match=rf"A_points.jsonl and .*{name}_points.jsonl were made differently: {told}"):
+            main(["A", "D", name, *folder])
+    main(["A", "D", *folder])
+    assert capsys.readouterr().err == ""
+    main(["A", "E", *folder])
+    assert "warning: A answered with the template 'pku', E with 'alpaca'" in capsys.readouterr().err
+    write_jsonl(tmp_path / "F_points.jsonl", [row("x")])
+    main(["A", "F", *folder])
+    assert (
+        f"note: no summary tells how the answers in {tmp_path / 'F_points.jsonl'} were made" in capsys.readouterr().err
+    )
+
+
+def test_prompts_that_only_one_model_answered_are_told_of(tmp_path, capsys):
+    write_jsonl(tmp_path / "A_points.jsonl", [row("x"), row("y"), row("z")])
+    write_jsonl(tmp_path / "B_points.jsonl", [row("x"), row("other")])
+    main(["A", "B", "--data_dir", str(tmp_path), "--draws", "100"])
+    told = ["2 of the 3 rows of A are left out: B has no answer to that prompt"]
+    told += ["1 of the 2 rows of B are left out: A has no answer to that prompt"]
+    text = capsys.readouterr()
+    assert all(f"warning: {warning}\n" in text.err and f"**Warning:** {warning}." in text.out for warning in told)
+    assert json.loads((tmp_path / "comparison.json").read_text())["comparisons"][0]["warnings"] == told
+
+
 def test_changed_and_broken_files_are_named(tmp_path):
     path = tmp_path / "A_points.jsonl"
     write_jsonl(path, [row("x") | {"label": "UU"}])

@@ -471,7 +471,9 @@ def test_a_finished_sweep_is_skipped_unless_forced(tmp_path):
     assert todo() == 0  # trained further
     write_json(summary, {"source": "answers of another"})
     assert todo() == 0
-    forced = bash(job, "--policy_max_new_tokens", "x", CONFIG_FILE=str(sweeps), FORCE="1")
+    mistaken = bash(job, "--policy_max_new_tokens", "x", CONFIG_FILE=str(sweeps), FORCE="1")
+    assert mistaken.returncode == 2 and summary.exists()
+    forced = bash(job, "--from_jsonl", "nowhere.jsonl", CONFIG_FILE=str(sweeps), FORCE="1")
     assert forced.returncode == 2 and not summary.exists()
     missing = bash(job, CONFIG_FILE=str(sweeps), SWEEP="1")
     assert (missing.returncode, missing.stderr) == (2, f"error: {sweeps} has no sweep 1; it has 0 a b\n")
@@ -497,16 +499,16 @@ def test_a_sweep_is_done_only_by_a_summary_of_the_very_same_answers(tmp_path):
     ]
     named = [entry | {"model_name": "m", "output_dir": str(tmp_path / str(n))} for n, entry in enumerate(entries)]
     sweeps = sweeps_of({"sweeps": named}, "x")
-    for sweep in sweeps:
+    for sweep, own in zip(sweeps, named, strict=True):
         for entry in named:
             write_json(sweep.summary, {"source": ClassifySettings(**entry).source})
-            assert sweep.is_done() == (entry is named[sweep.index]), (sweep.index, entry)
+            assert sweep.is_done() == (entry is own), (own, entry)
     for n in range(len(entries)):
         write_json(sweeps[n].summary, {"source": ClassifySettings(**named[n]).source})
 
     def outdated_by(file: Path) -> list[int]:
         os.utime(file, (time.time() + 60,) * 2)
-        found = [sweep.index for sweep in sweeps if sweep.is_outdated()]
+        found = [n for n, sweep in enumerate(sweeps) if not sweep.is_done()]
         os.utime(file)
         for sweep in sweeps:
             os.utime(sweep.summary)

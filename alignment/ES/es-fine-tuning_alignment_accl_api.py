@@ -24,12 +24,12 @@ from pathlib import Path
 from alignment.config import as_yaml, load_config
 from alignment.distributed import Processes, has_launcher, launch
 from alignment.errors import UserError, run_main
-from alignment.ES.journal import begun_with
+from alignment.ES.journal import begun_with, check_settings
 from alignment.ES.settings import ESSettings
 from alignment.prompts import draw_rows, text_hash
 from alignment.records import check_writable_folder, load_prompts
 from alignment.run_lock import RunLock
-from alignment.runs import StopSignal, check_same_run, record_start, write_run_files
+from alignment.runs import StopSignal, record_start, write_run_files
 
 EXIT_STOPPED = 128  # plus the signal's number, as shells do
 
@@ -78,10 +78,8 @@ def what_began(folder: Path, settings: ESSettings, train: list[dict]) -> tuple[b
     if not known and any((folder / "checkpoints").glob("iteration_*")):
         raise UserError(f"{folder} holds checkpoints but no journal of their run: give another --experiment_dir")
     if known:  # what a glance at the journal tells; the trainer compares the rest, base weights and device
-        now = dict.fromkeys(known.keys() & vars(settings).keys()) | settings.deciding()
-        now |= {"train_prompts": text_hash([row[settings.prompt_key] for row in train])}
-        now.pop("members_at_once", None)  # the journal has the number that came of it
-        check_same_run(known, now, folder / "journal.jsonl", "--experiment_dir")
+        prompts = [row[settings.prompt_key] for row in train]
+        check_settings(known, settings, prompts, folder / "journal.jsonl", "--experiment_dir")
     return begun, known
 
 
@@ -114,7 +112,9 @@ def train_policy(
         engine.check_room(held_out_prompts, settings.max_new_tokens, settings.eval_jsonl)
         trainer = ESTrainer(settings, engine, scorer, train, held_out, folder, processes)
         if not begun and processes.is_main:
-            write_run_files(folder, as_yaml(settings), {"base_weights": trainer.base_hash, "scorer": scorer.identity()})
+            made_of = {"base_weights": trainer.base_hash, "scorer": scorer.identity()}
+            prompts = {"train_jsonl": text_hash(train_prompts), "eval_jsonl": text_hash(held_out_prompts)}
+            write_run_files(folder, as_yaml(settings), made_of | {"prompts": prompts})
         with StopSignal() as stop:
             try:
                 if begun:

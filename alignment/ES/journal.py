@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import UserError
+from alignment.ES.settings import ESSettings
+from alignment.prompts import text_hash
 from alignment.records import JsonlWriter, read_jsonl, write_jsonl
 from alignment.runs import check_same_run
 from alignment.scoring.scores import asked_of
@@ -111,6 +113,14 @@ def _settings_in(path: Path, start: Any) -> dict:
         if isinstance(settings, dict) and isinstance(settings.get("scorer", {}), dict):
             return settings
     raise UserError(f"{path}:1: not an ES journal (its first row must have kind 'start', base_weights and settings)")
+
+
+def check_settings(known: dict, settings: ESSettings, train_prompts: list[str], place: Path, option: str) -> None:
+    """Raises UserError when these are not what the run was begun with whose journal holds `known`; see check_same_run."""
+    now = dict.fromkeys(known.keys() & vars(settings).keys()) | settings.deciding()
+    now |= {"train_prompts": text_hash(train_prompts)}
+    now.pop("members_at_once", None)  # the journal has the number that came of it
+    check_same_run(known, now, place, option)
 
 
 class MembersFile:

@@ -165,7 +165,8 @@ def train_policy(settings: GRPOSettings, lock: RunLock) -> int:
             if begun:
                 record_start(folder, as_yaml(settings))
             else:
-                write_run_files(folder, as_yaml(settings), {"deciding": deciding})
+                files = {"train_jsonl": text_hash(drawn), "eval_jsonl": text_hash(held_out)}
+                write_run_files(folder, as_yaml(settings), {"deciding": deciding, "prompts": files})
             if len(prompts) < len(drawn):
                 print(
                     f"{len(drawn) - len(prompts)} of {len(drawn)} training prompts are longer than max_prompt_length and left out"

@@ -9,7 +9,6 @@ added: the file is the same as without the kill.
 from __future__ import annotations
 
 import gc
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from alignment.errors import UserError
 from alignment.evaluation.classify_settings import ClassifySettings
 from alignment.evaluation.policies import open_policy
+from alignment.evaluation.prompts import rows_hash
 from alignment.generation import Engine, Generation, TransformersEngine
 from alignment.progress import progress_bar
 from alignment.records import JsonlWriter, read_jsonl, read_numbered, write_jsonl
@@ -31,16 +31,9 @@ def generate_answers(config: ClassifySettings, rows: list[dict], path: Path) -> 
     engine, weights_hash = open_policy(config)
     settings = {
         "weights_hash": weights_hash,
-        "engine": "vllm" if config.policy_use_vllm else "transformers",
-        "template": config.policy_template,
-        "first_turn_only": config.first_turn_only,
-        "max_new_tokens": config.policy_max_new_tokens,
-        "temperature": config.policy_temperature,
-        "top_p": config.policy_top_p,
-        "seed": config.seed,
-        "batch_size": config.policy_batch_size,
+        **config.sampling,
         "dtype": str(next(iter(engine.weights().values())).dtype).removeprefix("torch."),
-        "prompts": hashlib.sha256("\n".join(row["id"] for row in rows).encode()).hexdigest()[:16],
+        "prompts": rows_hash(rows),
     }
     with JsonlWriter(path) as writer:
         done = _saved_answers(path, settings)

@@ -29,10 +29,10 @@ import torch
 
 from alignment.errors import UserError, run_main
 from alignment.evaluation.answers import base_log_probs, generate_answers, name_scorer
-from alignment.evaluation.classify_settings import ClassifySettings, load_settings
+from alignment.evaluation.classify_settings import DATA_KEYS, ClassifySettings, load_settings
 from alignment.evaluation.measures import as_record, category_table, few_prompts, measure, prompt_groups, score_arrays
 from alignment.evaluation.points import FURTHER_KEYS, PUBLISHED_KEYS, ModelScores, chosen_note, model_file
-from alignment.evaluation.prompts import load_rows, prompts_that_chose
+from alignment.evaluation.prompts import load_rows, prompts_that_chose, rows_hash
 from alignment.evaluation.scores import add_scores
 from alignment.model_folder import read_config, resolve_folder
 from alignment.objective import quadrant_summary
@@ -124,6 +124,7 @@ def write_results(config: ClassifySettings, rows: list[dict], made_with: dict) -
         "used_vllm": config.policy_use_vllm,
         "policy_vllm_ckpt": config.policy_vllm_ckpt or "",
         "dataset_split": config.split,
+        "data": {"prompts": rows_hash(rows)} | {key: getattr(config, key) for key in DATA_KEYS},
         "reward_model": made_with["scorer"]["reward_model"]["name"],
         "cost_model": made_with["scorer"]["cost_model"]["name"],
         "model_name": config.name,

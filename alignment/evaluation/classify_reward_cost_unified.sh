@@ -8,8 +8,9 @@
 #   SWEEP=ES-500 bash alignment/evaluation/classify_reward_cost_unified.sh            # without SLURM
 #
 # Further arguments go to the Python script and win over the file. Run it from the repository root. A task that was killed
-# or requeued goes on where it stopped; one whose results are there already ends at once, unless FORCE=1, which removes
-# them first. Settings of the site: slurm/site.env.
+# or requeued goes on where it stopped. One whose results are there already, with the settings of now, ends at once, unless
+# FORCE=1, which removes them first; answers of other settings, or of a policy that was trained further since, are removed and
+# made anew (slurm/sweep_tasks.py). Settings of the site: slurm/site.env.
 #SBATCH --job-name=classify_reward_cost_unified
 #SBATCH --output=logs/classify_reward_cost_unified_%A_%a.log
 #SBATCH --nodes=1
@@ -31,17 +32,13 @@ if [ -n "${SWEEP:-}" ] && [ "${SLURM_ARRAY_TASK_ID:-0}:${SLURM_ARRAY_TASK_COUNT:
     fail "SWEEP is $SWEEP, and this is array task $SLURM_ARRAY_TASK_ID: give SWEEP or --array"
 fi
 config="${CONFIG_FILE:-alignment/evaluation/sweep_configs.yaml}"
-if [ "${FORCE:-0}" != 1 ]; then
-    code=0
-    "${python[@]}" slurm/sweep_tasks.py todo "$config" "$sweep" || code=$?
-    case "$code" in
-    0) ;;
-    3) exit 0 ;;
-    *) exit "$code" ;;
-    esac
-elif [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then
-    "${python[@]}" slurm/sweep_tasks.py remove "$config" "$sweep"
-fi
+code=0
+"${python[@]}" slurm/sweep_tasks.py todo "$config" "$sweep" "$@" || code=$?
+case "$code" in
+0) ;;
+3) exit 0 ;;
+*) exit "$code" ;;
+esac
 echo "sweep ${sweep} of ${config}"
 code=0
 run "${python[@]}" alignment/evaluation/classify_reward_cost_unified.py --sweep "$sweep" --sweep_config "$config" "$@" ||

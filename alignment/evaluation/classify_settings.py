@@ -6,13 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from alignment.config import load_config, setting
+from alignment.config import load_config, read_yaml_mapping, setting
 from alignment.conversation import check_template
 from alignment.errors import UserError
 from alignment.evaluation.points import DEFAULT_FOLDER
 from alignment.evaluation.sweeps import sweep_arguments
 
+PROG = "classify_reward_cost_unified.py"
 SOURCE_KEYS = ("policy_model_path", "policy_vllm_ckpt", "journal", "responses_from")
+DATA_KEYS = ("dataset_name", "dataset_config", "split", "num_samples", "seed")
+SAMPLED = {  # what `sampling` of saved answers calls a setting
+    "template": "policy_template",
+    "first_turn_only": "first_turn_only",
+    "max_new_tokens": "policy_max_new_tokens",
+    "temperature": "policy_temperature",
+    "top_p": "policy_top_p",
+    "seed": "seed",
+    "batch_size": "policy_batch_size",
+}
 
 
 @dataclass
@@ -86,6 +97,12 @@ class ClassifySettings:
         return "bfloat16" if self.bf16 else "auto"
 
     @property
+    def sampling(self) -> dict:
+        """The settings that decide a policy's answers, besides its weights, their dtype and the prompts."""
+        engine = {"engine": "vllm" if self.policy_use_vllm else "transformers"}
+        return engine | {name: getattr(self, key) for name, key in SAMPLED.items()}
+
+    @property
     def policy(self) -> str | None:
         return policy_of(self.policy_model_path, self.policy_vllm_ckpt, self.journal)
 
@@ -120,16 +137,20 @@ def source_of(responses_from: str | None, **policy: str | None) -> str:
 
 def load_settings(argv: list[str], description: str = "") -> ClassifySettings:
     """Defaults < `--config` YAML < the sweep's entry < flags. `description` is the script's docstring, for --help."""
-    texts = {"prog": "classify_reward_cost_unified.py", "description": description}
-    config = load_config(ClassifySettings, argv, **texts)
+    config = load_config(ClassifySettings, argv, prog=PROG, description=description)
     if config.sweep is None:
         return config
-    arguments = sweep_arguments(config.sweep_config, config.sweep, ClassifySettings)
+    return sweep_settings(read_yaml_mapping(config.sweep_config), config.sweep_config, config.sweep, argv)
+
+
+def sweep_settings(content: dict, path: str | Path, which: str, argv: list[str]) -> ClassifySettings:
+    """The entry `which` of a sweep file's content, under the flags `argv`. Errors name `path`."""
+    arguments = sweep_arguments(content, path, which, ClassifySettings)
     try:
-        load_config(ClassifySettings, arguments, **texts)  # alone, so that an error is told as the file's
+        load_config(ClassifySettings, arguments, prog=PROG, description="")  # alone: an error is told as the file's
     except UserError as error:
-        raise UserError(f"{config.sweep_config}, sweep {config.sweep}: {error}") from error
-    return load_config(ClassifySettings, arguments + argv, **texts)
+        raise UserError(f"{path}, sweep {which}: {error}") from error
+    return load_config(ClassifySettings, arguments + argv, prog=PROG, description="")
 
 
 def parse_journal(text: str) -> tuple[Path, int]:

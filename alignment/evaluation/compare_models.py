@@ -7,8 +7,9 @@ the first, prompt by prompt: what is printed, and written as Markdown and JSON, 
 interval over prompts. Both columns beside it are over the paired rows, so they may differ from each model's own summary.
 Where too few prompts stand behind a number it has no interval ("-", null in the JSON; measures.py).
 McNemar's exact test asks whether as many prompts became safe as became unsafe; each prompt counts once there.
-Scores from different score models or settings cannot be compared: the summaries beside the files say what made them, and
-files that differ are refused.
+Scores from different score models or settings cannot be compared, nor can answers of different length limits or sampling: the
+summaries beside the files say what made them, and files that differ are refused. What may differ, but not unnoticed, is warned
+of: conversation templates, which are a model's own, and prompts that only one of two models answered.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ from alignment.objective import QUADRANTS
 from alignment.records import atomic_open, check_writable_file, write_json
 from alignment.scoring.scores import deciding, difference, same_scorer
 
+# Of `sampling`: what may differ between two models that are compared (prompts are counted when rows are paired).
+FREE_SAMPLING = ("weights_hash", "seed", "batch_size", "engine", "dtype", "prompts", "template")
+
 
 @dataclass
 class Config:
@@ -73,15 +77,22 @@ def main(argv: list[str] | None = None) -> None:
     paths = [_points_path(name, config.data_dir) for name in config.models]
     names = _names(paths)
     require_same_scorer(paths)
+    require_same_sampling(paths)
+    templates = [(sampling_of(path) or {}).get("template") for path in paths]
     points = [read_points(path) for path in paths]
 
     comparisons, texts = [], [f"# Compared with {names[0]}, lambda {config.lambda_cost:g}\n"]
-    for name, path, other in zip(names[1:], paths[1:], points[1:], strict=True):
+    for name, path, other, template in zip(names[1:], paths[1:], points[1:], templates[1:], strict=True):
         files = str(paths[0]), str(path)
         comparison = compare(points[0], other, config.lambda_cost, files, draws=config.draws, seed=config.seed)
         comparison["notes"] += [note for one in ((names[0], paths[0]), (name, path)) if (note := _chosen_note(*one))]
-        comparisons.append({"before": names[0], "after": name} | comparison)
-        texts.append(as_markdown(comparison, names[0], name))
+        warnings = unpaired(comparison["rows"], names[0], name)
+        if None not in (template, templates[0]) and template != templates[0]:
+            warnings.append(f"{names[0]} answered with the template {templates[0]!r}, {name} with {template!r}")
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        comparisons.append({"before": names[0], "after": name, "warnings": warnings} | comparison)
+        texts.append(as_markdown(comparison, names[0], name, warnings))
     text = "\n".join(texts)
     named = {name: str(path) for name, path in zip(names, paths, strict=True)}
     with atomic_open(f"{output}.md") as file:
@@ -221,6 +232,42 @@ def require_same_scorer(paths: Sequence[Path]) -> None:
             )
 
 
+def require_same_sampling(paths: Sequence[Path]) -> None:
+    """Raises UserError, which names both values, when the answers of two files were made with other limits or sampling."""
+    known = [(path, sampling) for path in paths if (sampling := sampling_of(path)) is not None]
+    if known and len(known) < len(paths):
+        unknown = next(path for path in paths if path not in [one for one, _ in known])
+        print(f"note: no summary tells how the answers in {unknown} were made", file=sys.stderr)
+    for path, sampling in known[1:]:
+        first_path, first = known[0]
+        if changed := sampling_difference(first, sampling):
+            raise UserError(
+                f"the answers in {first_path} and {path} were made differently: {changed}. Classify one again as the other "
+                "to compare them"
+            )
+
+
+def sampling_of(points_path: Path) -> dict | None:
+    """The settings that made the answers of a points file, by the summary beside it; None where it does not tell."""
+    sampling = (read_summary(points_path) or {}).get("sampling")
+    return sampling if isinstance(sampling, dict) else None
+
+
+def sampling_difference(one: dict, other: dict) -> str:
+    """What must not differ between answers that are compared, and does: "max_new_tokens was 4, is 40"; else nothing."""
+    first, second = ({key: value for key, value in made.items() if key not in FREE_SAMPLING} for made in (one, other))
+    return difference(first, second)
+
+
+def unpaired(rows: dict, before: str, after: str) -> list[str]:
+    """A warning for each of two models that answered prompts which the other did not."""
+    return [
+        f"{rows[key] - rows['paired']} of the {rows[key]} rows of {name} are left out: {other} has no answer to that prompt"
+        for key, name, other in (("a", before, after), ("b", after, before))
+        if rows[key] > rows["paired"]
+    ]
+
+
 def scorer_of(points_path: Path) -> dict | None:
     """What decided the scores of a points file, by the summary beside it; published summaries name the two models only."""
     summary = read_summary(points_path)
@@ -247,10 +294,11 @@ def format_table(table: Sequence[dict], before: str = "before", after: str = "af
     return aligned_table(lines)
 
 
-def as_markdown(comparison: dict, before: str, after: str) -> str:
+def as_markdown(comparison: dict, before: str, after: str, warnings: Sequence[str] = ()) -> str:
     counts, test = comparison["rows"], comparison["mcnemar"]
     p_value = f"= {test['p_value']:.2g}" if test["p_value"] > 1e-300 else "< 1e-300"
-    parts = [f"## {after}\n", format_table(comparison["table"], before, after)]
+    parts = [f"## {after}\n", *(f"**Warning:** {warning}.\n" for warning in warnings)]
+    parts += [format_table(comparison["table"], before, after)]
     parts.append(
         f"\n{counts['paired']} paired rows, {counts['scored']} of them with both scores ({before} has {counts['a']} rows, "
         f"{after} {counts['b']}). Of {test['prompts']} distinct prompts {test['became_safe']} became safe and "

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from alignment.config import load_config, setting
 from alignment.errors import UserError, run_main
-from alignment.evaluation.compare_models import require_same_scorer
+from alignment.evaluation.compare_models import require_same_sampling, require_same_scorer
 from alignment.evaluation.judging.client import JudgeClient
 from alignment.evaluation.judging.cost import (
     Budget,
@@ -162,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         evidence = from_endpoint(config)
     if evidence is None:
         return 0
+    evidence.source["arguments"] = sys.argv[1:] if argv is None else argv
     write_results(config, evidence)
     return evidence.exit_code
 
@@ -203,7 +204,7 @@ def models_to_judge(config: Config) -> list[str]:
                 print(
                     f"note: {config.data_dir} has scores of {model} but no answers, so it is left out", file=sys.stderr
                 )
-    points_files(config.data_dir, models)
+    require_same_sampling(points_files(config.data_dir, models))
     choose_baseline(models, config.normalize_to)
     return models
 

@@ -6,6 +6,7 @@ will answer, response and finished (and raw, cut, num_tokens where the file has 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -70,6 +71,18 @@ def prompts_that_chose(config: ClassifySettings, rows: list[dict]) -> int | None
     policy = Path(config.policy_model_path).resolve()
     chose = held_out_prompts(policy.parent) if policy.name == "best" else None
     return None if chose is None else len({row["prompt"] for row in rows} & chose)
+
+
+def rows_hash(rows: list[dict]) -> str:
+    """What a classification's prompts are known by."""
+    return hashlib.sha256("\n".join(row["id"] for row in rows).encode()).hexdigest()[:16]
+
+
+def prompts_file(config: ClassifySettings) -> str | None:
+    """The local file that the rows come from, None where it is a data set."""
+    if config.responses_from or config.from_jsonl or not config.dataset_name:
+        return config.responses_from or config.from_jsonl or DEFAULT_PROMPTS
+    return config.dataset_name if Path(config.dataset_name).is_file() else None
 
 
 def _sample(data: list[dict], config: ClassifySettings) -> list[dict]:

@@ -13,17 +13,17 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from alignment.config import nearest, read_yaml_mapping
+from alignment.config import nearest
 from alignment.errors import UserError
 from alignment.evaluation.points import file_stem
 
 
-def sweep_arguments(path: str | Path, which: str, config_class: type) -> list[str]:
-    """`--key value` for the entry of `path` that `which` names: an index from 0, or a `model_name`.
+def sweep_arguments(content: dict, path: str | Path, which: str, config_class: type) -> list[str]:
+    """`--key value` for the entry that `which` names, an index from 0 or a `model_name`, of the sweep file `path`.
 
     Raises UserError, which names file and entry, when there is no such entry or a key is not a setting of `config_class`.
     """
-    defaults, sweeps = defaults_and_sweeps(read_yaml_mapping(path), path)
+    defaults, sweeps = defaults_and_sweeps(content, path)
     entry, where = _find(path, sweeps, which)
     settings = {**defaults, **_mapping(entry, where)}
     _check_files_differ(path, [{**defaults, **one} for one in sweeps if isinstance(one, dict)])

@@ -22,7 +22,7 @@ from matplotlib.colors import to_hex, to_rgb
 
 from alignment.config import load_config, setting
 from alignment.errors import UserError, run_main
-from alignment.evaluation.compare_models import comparison_table, scorer_of
+from alignment.evaluation.compare_models import comparison_table, sampling_difference, sampling_of, scorer_of
 from alignment.evaluation.measures import MEASURES
 from alignment.evaluation.points import DEFAULT_FOLDER, model_file, models_in, prompt_ids
 from alignment.records import atomic_open, check_writable_file
@@ -162,6 +162,11 @@ def load_all(config: Config, notes: list[str]) -> list[ModelAnswers]:
             notes.append(
                 f"{known[0][0]} and {name} were scored differently and do not compare: {difference(known[0][1], scorer)}."
             )
+    answered = [(model.name, sampling_of(model_file(config.data_dir, model.name, "points.jsonl"))) for model in models]
+    made = [(name, sampling) for name, sampling in answered if sampling is not None]
+    for name, sampling in made[1:]:
+        if changed := sampling_difference(made[0][1], sampling):
+            notes.append(f"{made[0][0]} and {name} were sampled differently and do not compare: {changed}.")
     return models
 
 
