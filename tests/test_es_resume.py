@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from broken_models import edit_tensors
 from conftest import make_tokenizer
-from fake_scorer import FakeScorer
+from fake_scorer import FakeScorer, run_until_request
 from safetensors.torch import load_file
 from script_here import ES, refused, run_script
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig
 
-from alignment.records import write_jsonl
+from alignment.errors import UserError
+from alignment.ES.advice import warnings
+from alignment.ES.fitness import FitnessRule
+from alignment.ES.journal import MembersFile
+from alignment.ES.member_scores import MemberScores
+from alignment.ES.settings import ESSettings
+from alignment.ES.step import population_step
+from alignment.generation import Generation
+from alignment.records import read_jsonl, write_jsonl
+from alignment.scoring.scores import Scores
 
 SMALL = {
     "population_size": 4,
@@ -98,3 +112,144 @@ def test_weights_that_are_saved_under_other_names(prompts, tmp_path, kind, optio
         edit_tensors(run / "checkpoints" / "iteration_00003", lambda tensors: tensors.pop(gone))
         line = refused(*es(policy, scorer.url, prompts, run, num_iterations=4, **options))
         assert "iteration_00003" in line and "Remove that checkpoint" in line
+
+
+# --- scores that are missing
+
+
+@pytest.mark.parametrize("missing", [99, 5], ids=["many", "few, of most prompts"])
+def test_a_run_goes_on_once_its_scorer_is_mended(tiny_policy, prompts, tmp_path, missing):
+    settings = {"population_size": 12, "batch_size": 8, "scorer_batch_size": 8, "scorer_max_wait": 5}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    broken = iter([])  # rows of the next answers that lack their cost
+
+    def answer(number, body):
+        scores = FakeScorer.scores(body)
+        if body["prompts"][0].startswith("question") and (row := next(broken, None)) is not None:
+            scores["costs"][row % 8] = None
+            scores["errors"] = [None if value is not None else "cost is not finite" for value in scores["costs"]]
+        return scores
+
+    with FakeScorer(answer) as scorer:
+        done = run_script(*es(tiny_policy, scorer.url, prompts, whole, **settings))
+        assert done.code == 0, done.err
+        in_whole = len(scorer.requests)
+        for members in (
+            13,
+            min(missing, 13),
+        ):  # the second time those are asked again that lacked a score, and no better
+            broken, before = iter(range(missing)), len(scorer.requests)
+            line = refused(*es(tiny_policy, scorer.url, prompts, run, **settings))
+            assert "scores are missing (cost is not finite)" in line and "start the same command again" in line
+            asked = scorer.requests[before:]
+            assert sum(body["prompts"][0].startswith("question") for body in asked) == members
+            assert len(read_jsonl(run / "journal.jsonl")) == 1
+        broken, before = iter([]), len(scorer.requests)
+        kept = read_jsonl(run / "members.0.jsonl")
+        done = run_script(*es(tiny_policy, scorer.url, prompts, run, **settings))
+        assert done.code == 0, done.err
+        assert len(kept) == 13 - min(missing, 13)
+        assert len(scorer.requests) - before == in_whole - 1 - len(kept)  # the first evaluation, and what was scored
+    assert same_weights(run, whole)
+
+
+def members(population: int, prompts: int, missing: int) -> dict[int, dict]:
+    """Rows of a members file, `missing` prompts of which lack a score for one member each."""
+    rng = np.random.default_rng(0)
+    counts = {"errors": [], "tokens": 9, "unfinished": 0, "cut": 0, "truncated": 0, "distinct": prompts}
+    rows = {
+        member: {"rewards": rng.normal(size=prompts).tolist(), "costs": rng.normal(size=prompts).tolist(), **counts}
+        for member in range(-1, population)
+    }
+    for prompt in range(missing):
+        rows[prompt % population]["rewards"][prompt] = None
+    return rows
+
+
+def test_a_step_is_taken_from_half_of_its_prompts_or_more():
+    settings = ESSettings(policy_model_path="policy")
+    step = population_step(settings, FitnessRule(), 0, members(30, 64, 32), 1.0)
+    assert (step.metrics["prompts_left_out"], step.metrics["scores_missing"]) == (32, 32)
+    with pytest.raises(UserError, match=r"33 of 1984 scores are missing .* leaves 31 of 64 prompts: too little"):
+        population_step(settings, FitnessRule(), 0, members(30, 64, 33), 1.0)
+
+
+def test_missing_scores_are_told_of_at_every_step():
+    settings = ESSettings(policy_model_path="policy")
+    some, none = (population_step(settings, FitnessRule(), 0, members(30, 64, n), 1.0).metrics for n in (7, 0))
+    said = ["7 of 1984 scores are missing: 7 prompts and 0 members were left out"]
+    assert warnings(some, None) == warnings(some, some) == said
+    assert warnings(none, some) == []
+    flat = none | {"fitness_std": 0.0}
+    assert len(warnings(flat, none)) == 1 and warnings(flat, flat) == []
+
+
+# --- a stop
+
+
+class SlowScorer:
+    """Half a second a member; `fails` are members, by their prompts, whose scoring raises."""
+
+    on_wait = None
+
+    def __init__(self, fails: tuple[str, ...] = ()):
+        self.fails, self.asked = fails, []
+
+    def identity(self) -> dict:
+        return {}
+
+    def score(self, prompts, responses, finished=None) -> Scores:
+        self.asked.append(responses[0])
+        time.sleep(0.5)
+        if responses[0] in self.fails:
+            raise UserError(f"{responses[0]} failed")
+        return Scores(np.ones(1), np.ones(1), [None], [False])
+
+
+@pytest.mark.parametrize("fails", [(), ("1",)], ids=["stop", "failure"])
+def test_what_is_queued_for_the_scorer_is_given_up_and_what_is_asked_is_kept(tmp_path, fails):
+    file, scorer = MembersFile(tmp_path, 0), SlowScorer(fails)
+    answer = {"raw": "", "num_tokens": 1, "finished": True, "cut": False}
+    with ThreadPoolExecutor(2) as pool:
+        scores = MemberScores(scorer, pool, file, 3, ["prompt"])
+        for member in range(20):
+            scores.ask(member, [Generation(response=str(member), **answer)])
+        began = time.monotonic()
+        if fails:
+            with pytest.raises(UserError, match="1 failed"):
+                scores.keep_all(lambda: False)
+            scores.keep_begun()
+        else:
+            scores.keep_all(lambda: True)
+        assert time.monotonic() - began < 4
+    file.close()
+    kept = [row["member"] for row in read_jsonl(tmp_path / "members.0.jsonl")]
+    assert sorted(map(str, kept)) == sorted(set(scorer.asked) - set(fails))
+    assert list(scores.rows) == kept and 0 < len(kept) < 7
+
+
+@pytest.mark.parametrize("engines", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_stop_does_not_wait_for_scores_that_are_queued(tiny_policy, prompts, tmp_path, engines):
+    settings = {"population_size": 30, "num_iterations": 1, "num_engines": engines, "scorer_max_wait": 20}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    slow = False
+
+    def answer(number, body):
+        time.sleep(1.0 if slow and number > 1 else 0.0)
+        return FakeScorer.scores(body)
+
+    with FakeScorer(answer) as scorer:
+        done = run_script(*es(tiny_policy, scorer.url, prompts, whole, **settings | {"num_engines": 1}))
+        assert done.code == 0, done.err
+        in_whole = len(scorer.requests)
+        scorer.requests.clear()
+        slow = True
+        command = [sys.executable, *map(str, es(tiny_policy, scorer.url, prompts, run, **settings))]
+        stopped = run_until_request(scorer, 4 * engines, signal.SIGTERM, command)
+        assert (stopped.returncode, "Traceback" in stopped.stderr) == (143, False), stopped.stderr
+        assert len(scorer.requests) < in_whole / 2
+        slow = False
+        done = run_script(*es(tiny_policy, scorer.url, prompts, run, **settings | {"num_engines": 1}))
+        assert done.code == 0, done.err
+        assert len(scorer.requests) == in_whole  # nothing was scored twice
+    assert same_weights(run, whole)

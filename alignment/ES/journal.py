@@ -148,3 +148,12 @@ def finished_members(folder: Path, iteration: int) -> dict[int, dict]:
         JsonlWriter(path).close()  # heals a torn last line
         rows |= {row["member"]: row for row in read_jsonl(path, MEMBER_KEYS) if row["iteration"] == iteration}
     return rows
+
+
+def forget_missing(folder: Path) -> None:
+    """Drops the members' rows that lack a score, so that they are scored again. No process may write any more."""
+    for path in sorted(folder.glob("members.*.jsonl")):
+        rows = read_jsonl(path, MEMBER_KEYS)
+        whole = [row for row in rows if None not in (*row["rewards"], *row["costs"])]
+        if len(whole) < len(rows):
+            write_jsonl(path, whole)
