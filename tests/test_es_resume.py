@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from broken_models import edit_tensors
-from conftest import make_tokenizer
+from conftest import REPO, make_tokenizer
 from fake_scorer import FakeScorer, run_until_request
 from safetensors.torch import load_file
 from script_here import ES, refused, run_script
@@ -253,3 +255,75 @@ def test_a_stop_does_not_wait_for_scores_that_are_queued(tiny_policy, prompts, t
         assert done.code == 0, done.err
         assert len(scorer.requests) == in_whole  # nothing was scored twice
     assert same_weights(run, whole)
+
+
+# --- a folder that is not empty
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_policy, prompts, tmp_path_factory):
+    run = tmp_path_factory.mktemp("finished") / "run"
+    with FakeScorer() as scorer:
+        done = run_script(*es(tiny_policy, scorer.url, prompts, run))
+    assert done.code == 0, done.err
+    return run
+
+
+@pytest.mark.parametrize("journal", [None, ""], ids=["no journal", "an empty one"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "members.0.jsonl", "eval", "best", "final", "tensorboard"])
+def test_a_new_run_does_not_take_over_what_another_left(tiny_policy, prompts, finished, tmp_path, name, journal):
+    run = tmp_path / "run"
+    run.mkdir()
+    (shutil.copytree if (finished / name).is_dir() else shutil.copy)(finished / name, run / name)
+    if journal is not None:
+        (run / "journal.jsonl").write_text(journal)
+    before = sorted(run.rglob("*"))
+    line = refused(*es(tiny_policy, NOBODY, prompts, run))
+    assert f"run holds {name} but no journal of their run: give another --experiment_dir" in line
+    assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "journal",
+    [None, lambda row: "", lambda row: row[:40], lambda row: row],
+    ids=["none", "empty", "torn", "no newline"],
+)
+def test_a_run_that_was_killed_between_its_first_files_goes_on(tiny_policy, prompts, finished, tmp_path, journal):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "manifest.json", ".lock"):
+        shutil.copy(finished / name, run / name)
+    if journal:
+        (run / "journal.jsonl").write_text(journal((finished / "journal.jsonl").read_text().splitlines()[0]))
+    with FakeScorer() as scorer:
+        done = run_script(*es(tiny_policy, scorer.url, prompts, run))
+    assert done.code == 0, done.err
+    assert same_weights(run, finished)
+
+
+@pytest.mark.parametrize("gone", ["final", "metrics.jsonl", "the last step's evaluation", "the journal's end"])
+def test_a_run_that_lacks_something_of_its_end_is_not_finished(tiny_policy, prompts, finished, tmp_path, gone):
+    run = shutil.copytree(finished, tmp_path / "run")
+    if gone == "final":
+        shutil.rmtree(run / "final")
+    elif gone == "metrics.jsonl":
+        (run / gone).unlink()
+    elif gone == "the journal's end":
+        (run / "journal.jsonl").write_text((run / "journal.jsonl").read_text()[:-9])
+    else:
+        rows = read_jsonl(run / "metrics.jsonl")
+        assert rows[-1]["kind"] == "eval"
+        write_jsonl(run / "metrics.jsonl", rows[:-1])
+    with FakeScorer() as scorer:
+        done = run_script(*es(tiny_policy, scorer.url, prompts, run))
+    assert (done.code, "\nfinished: " in done.out) == (0, True), done.err
+    assert same_weights(run, finished)
+    again = run_script(*es(tiny_policy, NOBODY, prompts, run))
+    assert (again.code, "is finished" in again.out) == (0, True), again.err
+
+
+def test_a_finished_run_of_several_processes_ends_under_a_launcher(tiny_policy, prompts, finished):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, *map(str, es(tiny_policy, NOBODY, prompts, finished))]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout.count("is finished")) == (0, 1), done.stderr

@@ -269,7 +269,8 @@ def test_a_journal_that_is_not_there(tiny_policy, prompts, scorer, es_run, tmp_p
     run = shutil.copytree(es_run, tmp_path / "run")
     (run / "journal.jsonl").unlink()
     line = refused(*es(tiny_policy, scorer.url, prompts, run))
-    assert "holds checkpoints but no journal" in line and "another --experiment_dir" in line
+    assert "checkpoints, eval, final, members.0.jsonl, metrics.jsonl, tensorboard but no journal" in line
+    assert "another --experiment_dir" in line
 
 
 def truncate(path: Path) -> None:

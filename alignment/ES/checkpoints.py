@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ _AFTER_THE_JOURNAL = ("metrics.jsonl", "members.*.jsonl", "eval/*", "tensorboard
 
 def left_by_a_run(folder: Path) -> list[str]:
     """Names of what a run has left in `folder` besides its journal."""
+    if not os.path.isdir(folder):
+        return []
     found = {path.relative_to(folder).parts[0] for pattern in _AFTER_THE_JOURNAL for path in folder.glob(pattern)}
     return sorted(found)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import UserError
-from alignment.records import JsonlWriter, read_jsonl, write_jsonl
+from alignment.records import JsonlWriter, fsync_folder, read_jsonl, write_jsonl
 from alignment.runs import check_same_run
 from alignment.scoring.scores import asked_of
 
@@ -36,6 +36,7 @@ class Journal:
         self.dropped_tail = bool(self._file.dropped)
         if not read_jsonl(path):
             self._file.append({"kind": "start", "base_weights": base_weights, "settings": settings})
+            fsync_folder(folder)  # what else a run leaves without it is refused
         start, self.steps = read_journal(path)
         begun = {"base_weights": start["base_weights"], **start["settings"]}
         now = dict.fromkeys(begun) | {"base_weights": base_weights, **settings}
