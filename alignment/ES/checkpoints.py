@@ -1,4 +1,4 @@
-"""Where a run is: what lies in its folder, whether anything is left to do, and the weights of its last step."""
+"""Where a run is: what lies in its folder, whether anything is left to do, and the weights of its last step, saved and read."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from alignment.errors import UserError
 from alignment.ES.journal import read_journal
-from alignment.records import read_jsonl, read_object
+from alignment.records import read_jsonl, read_object, write_json
+from alignment.runs import atomic_directory
 
 if TYPE_CHECKING:  # slow to import, and most of this is asked before any model is loaded
     from alignment.ES.weights import MasterWeights
+    from alignment.generation import Engine
 
 # A run writes none of them before the first row of its journal is on disk.
 _AFTER_THE_JOURNAL = ("metrics.jsonl", "members.*.jsonl", "eval/*", "tensorboard", "checkpoints/*", "best", "final")
@@ -63,3 +65,22 @@ def restore(weights: MasterWeights, folder: Path, steps: list[dict]) -> int:
         weights.step(step["seeds"], step["coefficients"])
     weights.restore()
     return begin
+
+
+def save_model(final: Path, engine: Engine, weights: MasterWeights, adapters: bool, card: str, state: dict) -> None:
+    """The policy in Hugging Face layout, float32, with `card` as its README.md and the trainer's state beside it.
+
+    `adapters`: `weights` are those of LoRA adapters in `engine`.
+    """
+    from safetensors.torch import save_file
+
+    weights.restore()
+    with atomic_directory(final, needed=4 * engine.num_parameters) as folder:
+        if not adapters:
+            engine.save_pretrained(folder, weights.whole())
+        else:  # merged; to go on, the adapters are needed
+            engine.save_pretrained(folder)
+            (folder / "adapters").mkdir()  # not among the model's own files: loaders take all that lie there
+            save_file(weights.master, folder / "adapters" / "es_weights.safetensors")
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_json(folder / "trainer_state.json", state)

@@ -17,7 +17,7 @@ import os
 import shlex
 import signal
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,15 +43,17 @@ def main() -> int:
     train = draw_rows(load_prompts(settings.train_jsonl, settings.prompt_key), settings.train_samples)
     held_out = draw_rows(load_prompts(settings.eval_jsonl, settings.prompt_key), settings.eval_samples)
     folder = Path(settings.experiment_dir)
-    alone = not has_launcher()
-    if alone and what_began(folder, settings, train)[2]:  # a mistake is told at once
-        return tell_finished(folder)  # it may lie where nothing can be written
+    if not has_launcher():
+        with suppress(UserError):  # told below, where no other run is at work
+            if what_began(folder, settings, train)[2]:
+                return tell_finished(folder)  # it may lie where nothing can be written
     for place in (folder, folder / "checkpoints"):
         check_writable_folder(place)
     if settings.engine == "vllm" and find_spec("vllm") is None:
         raise UserError("engine: vllm needs the environment of requirements-cluster.txt; this one has no vLLM")
 
-    if settings.num_engines and settings.num_engines > 1 and alone:
+    if settings.num_engines and settings.num_engines > 1 and not has_launcher():
+        what_began(folder, settings, train)  # mistakes are told at once; the processes look again, with the lock
         return launch(settings.num_engines, sys.argv)
 
     processes = Processes.from_environment(timeout=settings.scorer_max_wait + 1800)

@@ -30,13 +30,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from alignment.distributed import Processes
 from alignment.errors import UserError
 from alignment.ES import advice
-from alignment.ES.checkpoints import restore
+from alignment.ES.checkpoints import restore, save_model
 from alignment.ES.fitness import FitnessRule
 from alignment.ES.journal import Journal, MembersFile, finished_members, forget_missing
 from alignment.ES.low_rank import LowRankWeights
@@ -50,8 +49,8 @@ from alignment.generation import Engine, Generation
 from alignment.lagrangian import LagrangeMultiplier
 from alignment.progress import progress_bar, watched
 from alignment.prompts import iteration_prompts, text_hash
-from alignment.records import read_jsonl, write_json, write_jsonl
-from alignment.runs import MetricsLog, StopSignal, atomic_directory
+from alignment.records import read_jsonl, write_jsonl
+from alignment.runs import MetricsLog, StopSignal
 from alignment.scoring.scores import WaitingScorer
 from alignment.scoring.scores import deciding as deciding_part
 
@@ -355,23 +354,11 @@ class ESTrainer:
         if self.settings.verbose:
             tqdm.write(samples(points))
 
-    def _save_model(self, final: Path, t: int, **state: float | str) -> None:
+    def _save_model(self, final: Path, t: int, **more: float | str) -> None:
         """theta in Hugging Face layout, float32, with the trainer's state beside it."""
-        s = self.settings
-        self.weights.restore()
-        with atomic_directory(final, needed=4 * self.engine.num_parameters) as folder:
-            if s.lora_rank is None:
-                self.engine.save_pretrained(folder, self.weights.whole())
-            else:  # merged; to go on, the adapters are needed
-                self.engine.save_pretrained(folder)
-                (folder / "adapters").mkdir()  # not among the model's own files: loaders take all that lie there
-                save_file(self.weights.master, folder / "adapters" / "es_weights.safetensors")
-            (folder / "README.md").write_text(
-                model_card(s, t, self.base_hash, self.multiplier.value, self.scorer.identity()), encoding="utf-8"
-            )
-            write_json(
-                folder / "trainer_state.json", {"iteration": t, "lambda_state": self.multiplier.state_dict(), **state}
-            )
+        card = model_card(self.settings, t, self.base_hash, self.multiplier.value, self.scorer.identity())
+        state = {"iteration": t, "lambda_state": self.multiplier.state_dict(), **more}
+        save_model(final, self.engine, self.weights, self.settings.lora_rank is not None, card, state)
 
     def _save_checkpoint(self, t: int) -> None:
         folder = self.folder / "checkpoints"
