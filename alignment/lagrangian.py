@@ -16,7 +16,21 @@ from typing import Any
 
 import numpy as np
 
+from alignment.errors import UserError
+
 _SMALLEST = 1e-12  # the published guard before the logarithm
+
+
+def check_lambda_settings(settings: Any) -> None:
+    """Raises UserError for settings, by the published names, that the first update would overrule."""
+    lam, low, high = settings.lambda_cost, settings.lambda_min, settings.lambda_max
+    if low > high:
+        raise UserError(f"lambda_min ({low}) is above lambda_max ({high})")
+    if settings.lambda_adapt and not low <= lam <= high:
+        raise UserError(
+            f"lambda_cost is {lam}, outside lambda_min to lambda_max ({low} to {high}), where the first update would put it: "
+            "give --lambda_adapt false to keep it as it is, or other bounds"
+        )
 
 
 @dataclass

@@ -31,9 +31,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ from safetensors.torch import save_file
 
 from alignment.config import script_parser
 from alignment.distributed import Processes
+from alignment.ES import trainer as es_trainer
+from alignment.ES.member_scores import MemberScores
 from alignment.ES.policy_engine import open_engine
 from alignment.ES.settings import ESSettings
 from alignment.ES.trainer import ESTrainer
@@ -95,19 +97,22 @@ class SteadyScorer:
 
 
 class UnsavedTrainer(ESTrainer):
-    """Writes no models (27 GB each) and keeps a hash of each answer."""
-
-    answers: list[dict]
-    scorer: SteadyScorer
+    """Writes no models (27 GB each)."""
 
     def _save_model(self, final: Path, t: int, **state: float | str) -> None:
         pass
 
-    def _score_member(self, t: int, member: int, prompts: list[str], answers: list[Generation]) -> dict:
-        self.scorer.about.key = (t + 1, member + 1)
+
+class HashedScores(MemberScores):
+    """Says to SteadyScorer which member it is about, and keeps a hash of each answer."""
+
+    answers: ClassVar[list[dict]] = []  # of this process
+
+    def _score(self, member: int, answers: Sequence[Generation]) -> dict:
+        self._scorer.about.key = (self._iteration + 1, member + 1)  # type: ignore[attr-defined]
         hashes = [hashlib.sha256(answer.raw.encode()).hexdigest()[:16] for answer in answers]
-        self.answers.append({"iteration": t, "member": member, "answers": hashes})
-        return super()._score_member(t, member, prompts, answers)
+        self.answers.append({"iteration": self._iteration, "member": member, "answers": hashes})
+        return super()._score(member, answers)
 
 
 def work(options: argparse.Namespace) -> None:
@@ -141,14 +146,14 @@ def work(options: argparse.Namespace) -> None:
     loaded = time.perf_counter()
     scorer = SteadyScorer(options.pairs_per_second / processes.world_size)
     trainer = UnsavedTrainer(settings, engine, scorer, rows, rows, run, processes)
-    trainer.answers = []
+    es_trainer.MemberScores = HashedScores  # type: ignore[misc]  # what ESTrainer takes
     prepared = time.perf_counter()
     engine.generate(prompts, settings.max_new_tokens)
     alone = [_seconds(lambda: engine.generate(prompts, settings.max_new_tokens)) for _ in range(options.alone)]
     with StopSignal() as stop:
         assert trainer.run(stop)
     hashes = processes.gather(trainer.weights.hash())
-    everyones = processes.gather(trainer.answers)
+    everyones = processes.gather(HashedScores.answers)
     memory = _memory(engine.device)
     published = statistics.median(
         _seconds(lambda: published_pass(engine)) for _ in range(3)

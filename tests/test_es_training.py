@@ -206,13 +206,16 @@ def test_options_end_to_end(tiny_policy, prompts, tmp_path, options):
 
 
 def test_a_finished_run_has_nothing_left_to_do(undisturbed, tiny_policy, prompts):
+    """It asks for no scorer, loads no policy and writes nothing."""
     run, _ = undisturbed
-    before = (run / "metrics.jsonl").read_bytes()
-    with FakeScorer() as scorer:
-        done = run_script(tiny_policy, scorer.url, prompts, run)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()}
+    for settings in ({}, {"num_iterations": 3}, {"num_engines": 2}):
+        done = run_script(tiny_policy, "http://127.0.0.1:9", prompts, run, **settings)
         assert done.returncode == 0, done.stderr
-        assert scorer.requests == []
-    assert (run / "metrics.jsonl").read_bytes() == before
+        assert "is finished; a larger --num_iterations would go on with it" in done.stdout
+        assert {
+            path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()
+        } == before
 
 
 def test_kill_9_in_the_middle_of_an_iteration_changes_nothing(undisturbed, tiny_policy, prompts, tmp_path):
@@ -360,11 +363,11 @@ def test_other_settings_or_base_weights_are_refused(undisturbed, tiny_policy, pr
         assert done.returncode == 2
         assert "sigma (was 0.02, now 0.03)" in done.stderr
         begun_with, scorer.identity = scorer.identity, scorer.identity | {"dtype": "bfloat16"}
-        done = run_script(tiny_policy, scorer.url, prompts, run)
+        done = run_script(tiny_policy, scorer.url, prompts, run, num_iterations=5)
         assert done.returncode == 2
         assert "dtype was 'float32', is 'bfloat16'" in done.stderr
         scorer.identity = begun_with
-        done = run_script(undisturbed[0] / "final", scorer.url, prompts, run)
+        done = run_script(undisturbed[0] / "final", scorer.url, prompts, run, num_iterations=5)
         assert done.returncode == 2
         assert "was begun otherwise: base_weights" in done.stderr
         done = run_script(tiny_policy, scorer.url, prompts, run, resume="false")

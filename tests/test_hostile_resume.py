@@ -269,7 +269,8 @@ def test_a_journal_that_is_not_there(tiny_policy, prompts, scorer, es_run, tmp_p
     run = shutil.copytree(es_run, tmp_path / "run")
     (run / "journal.jsonl").unlink()
     line = refused(*es(tiny_policy, scorer.url, prompts, run))
-    assert "holds checkpoints but no journal" in line and "another --experiment_dir" in line
+    assert "checkpoints, eval, final, members.0.jsonl, metrics.jsonl, tensorboard but no journal" in line
+    assert "another --experiment_dir" in line
 
 
 def truncate(path: Path) -> None:
@@ -421,16 +422,18 @@ def test_weights_that_are_saved_under_other_names(tiny_mixtral, prompts, scorer,
         assert "iteration_00001" in line
 
 
-def test_a_finished_run_in_a_folder_that_cannot_be_written(tiny_policy, prompts, grpo_run, tmp_path):
-    run = shutil.copytree(grpo_run, tmp_path / "run")
+@pytest.mark.parametrize("method", ["es", "grpo"])
+def test_a_finished_run_in_a_folder_that_cannot_be_written(tiny_policy, prompts, es_run, grpo_run, tmp_path, method):
+    begun, command, steps = {"es": (es_run, es, "num_iterations"), "grpo": (grpo_run, grpo, "max_steps")}[method]
+    run = shutil.copytree(begun, tmp_path / "run")
     if os.geteuid() != 0:
         run.chmod(0o500)
     elif subprocess.run(["mount", "-o", "bind,ro", str(run), str(run)], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        done = run_script(*grpo(tiny_policy, NOBODY, prompts, run, max_steps=1))
+        done = run_script(*command(tiny_policy, NOBODY, prompts, run, **{steps: 1}))
         assert (done.code, "is finished" in done.out) == (0, True)
-        assert "cannot write" in refused(*grpo(tiny_policy, NOBODY, prompts, run, max_steps=2))
+        assert "cannot write" in refused(*command(tiny_policy, NOBODY, prompts, run, **{steps: 3}))
     finally:
         if os.geteuid() == 0:
             subprocess.run(["umount", "-l", str(run)], check=True)

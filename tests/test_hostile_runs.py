@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,7 @@ def test_a_run_folder_that_was_edited_by_hand(tiny_policy, prompts, tmp_path):
     with FakeScorer() as scorer:
         assert train(tiny_policy, scorer.url, prompts, run).returncode == 0
         (checkpoint,) = (run / "checkpoints").iterdir()
+        shutil.rmtree(run / "final")  # of a run that is finished nothing more is looked at
         damages = {
             checkpoint / "trainer_state.json": "[]",
             run / "best" / "trainer_state.json": '{"objective": "high"}',

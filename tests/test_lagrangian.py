@@ -5,7 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import REPO
 
+from alignment.config import load_config
+from alignment.errors import UserError
+from alignment.ES.settings import ESSettings
+from alignment.GRPO.settings import GRPOSettings, load_settings
 from alignment.lagrangian import LagrangeMultiplier
 
 
@@ -64,3 +69,24 @@ def test_the_papers_rule_moves_in_proportion_to_lambda():
     published = LagrangeMultiplier(value=0.1, learning_rate=0.5)
     assert paper.update(np.array([2.0]))["lambda"] == pytest.approx(0.1 * np.exp(0.5 * 0.1 * 2.0))
     assert published.update(np.array([2.0]))["lambda"] == pytest.approx(0.1 * np.exp(0.5 * 2.0))
+
+
+@pytest.mark.parametrize("settings", [ESSettings, GRPOSettings])
+def test_lambda_begins_where_it_may_stay(settings):
+    policy = {"policy_model_path" if settings is ESSettings else "model_name": "policy"}
+    for given in ({"lambda_cost": 10.0}, {"lambda_cost": 0.0}, {"lambda_max": 0.5}):
+        with pytest.raises(UserError, match=r"lambda_cost is .*, outside .* give --lambda_adapt false"):
+            settings(**policy, **given)
+        assert settings(**policy, **given, lambda_adapt=False).lambda_cost == given.get("lambda_cost", 1.0)
+    for bound in (1e-4, 5.0):
+        assert settings(**policy, lambda_cost=bound).lambda_adapt
+
+
+@pytest.mark.parametrize("file", ["ES/es_alignment", "demo/es_demo", "GRPO/grpo_alignment", "demo/grpo_demo"])
+def test_files_of_settings_that_are_given_out_are_taken(file):
+    path = str(REPO / "alignment" / f"{file}.yaml")
+    if "es_" in file:
+        flags = ["--config", path, "--policy_model_path", "policy"]
+        assert load_config(ESSettings, flags, prog="es", description="").lambda_cost == 1.0
+    else:
+        assert load_settings(["--config", path, "--model_name", "policy"]).lambda_cost == 1.0

@@ -1,17 +1,43 @@
-"""What a step's numbers may mean, in words: signs that a run learns nothing or learns the wrong thing."""
+"""What a step's numbers are, in a line, and what they may mean: signs that a run learns nothing or learns the wrong thing."""
 
 from __future__ import annotations
+
+from tqdm import tqdm
 
 FLAT = 1e-3  # spread of the fitness, in units of reward, below which ranking members is ranking noise
 AT_LIMIT = 0.9
 COLLAPSED = 0.25
+EVERY_TIME = ("missing",)  # not a state of the run that lasts: other scores are missing each time
+
+
+def summary(row: dict) -> str:
+    """A train row of metrics.jsonl, for a progress bar."""
+    speed = row["tokens"] / max(row["seconds"]["generate"], 1e-9)
+    return f"{_measures(row)}, {speed:,.0f} tokens/s"
+
+
+def log_line(row: dict, num_iterations: int) -> str:
+    """The same for a job's log, with where the time went and what is left."""
+    seconds, done = row["seconds"], row["iteration"] + 1
+    parts = " ".join(f"{name} {seconds[name]:.1f}" for name in ("generate", "wait_for_scores", "perturb", "step"))
+    speed = row["tokens"] / max(seconds["generate"], 1e-9)
+    left = tqdm.format_interval(seconds["total"] * (num_iterations - done))
+    return f"step {done}/{num_iterations} {_measures(row)} ({parts} s, {speed:,.0f} tokens/s, {left} left)"
+
+
+def _measures(row: dict) -> str:
+    return (
+        f"objective {row['objective']:.3f} R {row['reward_mean']:.3f} C {row['cost_mean']:.3f} "
+        f"safe {row['safe_ratio']:.0f} % lambda {row['lambda']:.3f}"
+    )
 
 
 def warnings(row: dict, previous: dict | None) -> list[str]:
-    """Warnings for a train row of metrics.jsonl; one that the `previous` row gave already is not repeated."""
+    """Warnings for a train row of metrics.jsonl; one that the `previous` row gave already is not repeated,
+    but for those of EVERY_TIME."""
     new = _found(row)
     old = _found(previous) if previous is not None else {}
-    return [text for name, text in new.items() if name not in old]
+    return [text for name, text in new.items() if name not in old or name in EVERY_TIME]
 
 
 def _found(row: dict) -> dict[str, str]:
@@ -31,8 +57,9 @@ def _found(row: dict) -> dict[str, str]:
             f"only {row['distinct_share']:.0%} of the policy's answers on this batch are different from each other: "
             "it may be collapsing into a few answers that the score models like; lower alpha or sigma"
         )
-    if row["prompts_left_out"]:
+    if row["scores_missing"]:
         found["missing"] = (
-            f"{row['scores_missing']} scores are missing: {row['prompts_left_out']} prompts were left out"
+            f"{row['scores_missing']} of {row['scored']} scores are missing: {row['prompts_left_out']} prompts and "
+            f"{row['members_lost']} members were left out"
         )
     return found

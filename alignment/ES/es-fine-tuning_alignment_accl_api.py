@@ -17,13 +17,14 @@ import os
 import shlex
 import signal
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 from alignment.config import as_yaml, load_config
 from alignment.distributed import Processes, has_launcher, launch
 from alignment.errors import UserError, run_main
+from alignment.ES.checkpoints import is_finished, left_by_a_run
 from alignment.ES.journal import begun_with, check_settings
 from alignment.ES.settings import ESSettings
 from alignment.prompts import draw_rows, text_hash
@@ -42,6 +43,10 @@ def main() -> int:
     train = draw_rows(load_prompts(settings.train_jsonl, settings.prompt_key), settings.train_samples)
     held_out = draw_rows(load_prompts(settings.eval_jsonl, settings.prompt_key), settings.eval_samples)
     folder = Path(settings.experiment_dir)
+    if not has_launcher():
+        with suppress(UserError):  # told below, where no other run is at work
+            if what_began(folder, settings, train)[2]:
+                return tell_finished(folder)  # it may lie where nothing can be written
     for place in (folder, folder / "checkpoints"):
         check_writable_folder(place)
     if settings.engine == "vllm" and find_spec("vllm") is None:
@@ -56,31 +61,46 @@ def main() -> int:
         raise UserError(f"num_engines is {settings.num_engines}, but {processes.world_size} processes were launched")
     with RunLock(folder) as lock:
 
-        def take_and_look() -> tuple[bool, dict]:
+        def take_and_look() -> tuple[bool, dict, bool]:
             lock.take()
-            return what_began(folder, settings, train)
+            return what_began(folder, settings, train)  # now nobody else writes there
 
         try:
-            begun, known = processes.on_main(take_and_look)
+            begun, known, finished = processes.on_main(take_and_look)
         except UserError as error:  # every process knows it; one says it
             if processes.is_main:
                 raise
             return error.exit_code
+        if finished:
+            processes.close()
+            return tell_finished(folder) if processes.is_main else 0
         return train_policy(settings, train, held_out, processes, begun, known)
 
 
-def what_began(folder: Path, settings: ESSettings, train: list[dict]) -> tuple[bool, dict]:
-    """Whether a run was begun in `folder`, and the settings in its journal. Raises UserError when this is not that run."""
-    begun = (folder / "journal.jsonl").exists()
+def what_began(folder: Path, settings: ESSettings, train: list[dict]) -> tuple[bool, dict, bool]:
+    """Whether a run was begun in `folder`, the settings in its journal, and whether it is finished.
+
+    Raises UserError when this is not that run.
+    """
+    left = left_by_a_run(folder)  # before the journal, which a run that begins just now writes first
+    begun = os.path.exists(folder / "journal.jsonl")  # no error where one may not look: the folder's check says it
     if begun and not settings.resume:
         raise UserError(f"{folder} holds a run already: give another --experiment_dir, or leave out --resume false")
     known = begun_with(folder / "journal.jsonl") or {}
-    if not known and any((folder / "checkpoints").glob("iteration_*")):
-        raise UserError(f"{folder} holds checkpoints but no journal of their run: give another --experiment_dir")
+    if left and not known:
+        raise UserError(
+            f"{folder} holds {', '.join(left)} but no journal of their run: give another --experiment_dir, or put journal.jsonl "
+            "back"
+        )
     if known:  # what a glance at the journal tells; the trainer compares the rest, base weights and device
         prompts = [row[settings.prompt_key] for row in train]
         check_settings(known, settings, prompts, folder / "journal.jsonl", "--experiment_dir")
-    return begun, known
+    return begun, known, is_finished(folder, settings.num_iterations)
+
+
+def tell_finished(folder: Path) -> int:
+    print(f"{folder} is finished; a larger --num_iterations would go on with it")
+    return 0
 
 
 def train_policy(

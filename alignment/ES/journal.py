@@ -18,7 +18,7 @@ from typing import Any
 from alignment.errors import UserError
 from alignment.ES.settings import ESSettings
 from alignment.prompts import text_hash
-from alignment.records import JsonlWriter, read_jsonl, write_jsonl
+from alignment.records import JsonlWriter, fsync_folder, read_jsonl, write_jsonl
 from alignment.runs import check_same_run
 from alignment.scoring.scores import asked_of
 
@@ -38,6 +38,7 @@ class Journal:
         self.dropped_tail = bool(self._file.dropped)
         if not read_jsonl(path):
             self._file.append({"kind": "start", "base_weights": base_weights, "settings": settings})
+            fsync_folder(folder)  # what else a run leaves without it is refused
         start, self.steps = read_journal(path)
         begun = {"base_weights": start["base_weights"], **start["settings"]}
         now = dict.fromkeys(begun) | {"base_weights": base_weights, **settings}
@@ -158,3 +159,12 @@ def finished_members(folder: Path, iteration: int) -> dict[int, dict]:
         JsonlWriter(path).close()  # heals a torn last line
         rows |= {row["member"]: row for row in read_jsonl(path, MEMBER_KEYS) if row["iteration"] == iteration}
     return rows
+
+
+def forget_missing(folder: Path) -> None:
+    """Drops the members' rows that lack a score, so that they are scored again. No process may write any more."""
+    for path in sorted(folder.glob("members.*.jsonl")):
+        rows = read_jsonl(path, MEMBER_KEYS)
+        whole = [row for row in rows if None not in (*row["rewards"], *row["costs"])]
+        if len(whole) < len(rows):
+            write_jsonl(path, whole)

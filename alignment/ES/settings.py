@@ -9,6 +9,7 @@ from typing import Literal
 from alignment.config import setting
 from alignment.conversation import check_template
 from alignment.errors import UserError
+from alignment.lagrangian import check_lambda_settings
 
 # What may change between the parts of a run without changing its weights (base weights, prompts and scorer have hashes).
 _FREE = {"experiment_dir", "resume", "scorer_url", "scorer_batch_size", "scorer_max_wait", "policy_model_path"}
@@ -81,7 +82,9 @@ class ESSettings:
         600.0, "seconds to wait for a scorer that is away before the run stops", minimum=0.0
     )
 
-    lambda_cost: float = setting(1.0, "lambda at the start", minimum=0.0)
+    lambda_cost: float = setting(
+        1.0, "lambda at the start; from lambda_min to lambda_max unless lambda_adapt is false", minimum=0.0
+    )
     lambda_adapt: bool = setting(True, "adapt lambda to the constraint E[C] + d <= 0")
     lambda_lr: float = setting(0.005, "learning rate of ln(lambda)", minimum=0.0)
     lambda_min: float = setting(1e-4, "lower bound of lambda", minimum=0.0)
@@ -121,8 +124,7 @@ class ESSettings:
         if not self.policy_model_path:
             raise UserError("--policy_model_path is missing: give it on the command line or in the YAML file")
         check_template(self.policy_template, "policy_template")
-        if self.lambda_min > self.lambda_max:
-            raise UserError(f"lambda_min ({self.lambda_min}) is above lambda_max ({self.lambda_max})")
+        check_lambda_settings(self)
         if self.sigma == 0:
             raise UserError("sigma is 0: all members would be the same; the published value is 0.001")
         if self.antithetic and self.population_size % 2:
@@ -134,6 +136,10 @@ class ESSettings:
             raise UserError(f"perturbation: low_rank and {other}: give one of them")
         if self.perturbation == "full_rank" and (self.rank != 1 or self.members_at_once is not None):
             raise UserError("rank and members_at_once belong to perturbation: low_rank; give that as well")
+        if self.standardize == "reference" and not self.standardize_within_batch:
+            raise UserError("standardize: reference belongs to standardize_within_batch; give that as well")
+        if self.safe_first_factor != 0.0 and not self.safe_first:
+            raise UserError("safe_first_factor belongs to safe_first; give that as well")
         if self.engine == "vllm" and self.lora_rank is not None:
             raise UserError("engine: vllm does not search LoRA adapters (lora_rank); use engine: transformers")
         if self.engine != "vllm" and self.max_num_seqs is not None:

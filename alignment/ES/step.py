@@ -13,6 +13,9 @@ from alignment.ES.noise import member_seed
 from alignment.ES.settings import ESSettings
 from alignment.objective import MAX_MISSING_SHARE
 
+# One missing score takes its prompt from all members: with many members far fewer than MAX_MISSING_SHARE can leave next to
+# nothing of the prompts to compare them on.
+MIN_PROMPTS_SHARE = 0.5
 UNPERTURBED = -1  # the member number of theta itself, which lambda and the training curve are taken from
 
 
@@ -45,12 +48,12 @@ def population_step(settings: ESSettings, rule: FitnessRule, t: int, done: dict[
     costs = np.array([done[member]["costs"] for member in order], dtype=np.float64)
     members, usable = usable_scores(rewards, costs)
     missing = ~(np.isfinite(rewards) & np.isfinite(costs))
-    if missing.mean() > MAX_MISSING_SHARE or not usable.any() or not members[0]:
+    if missing.mean() > MAX_MISSING_SHARE or usable.mean() < MIN_PROMPTS_SHARE or not members[0]:
         reasons = sorted({reason for member in order for reason in done[member]["errors"]})
         raise UserError(
             f"iteration {t}: {missing.sum()} of {missing.size} scores are missing "
-            f"({'; '.join(reasons) or 'no reason given'}), too many to learn from the rest. Mend the scorer, then start "
-            "the same command again"
+            f"({'; '.join(reasons) or 'no reason given'}), which leaves {usable.sum()} of {usable.size} prompts: too little to "
+            "learn from. Mend the scorer, then start the same command again"
         )
     kept = np.flatnonzero(members[1:]).tolist()  # member numbers
     fitness = rule.member_fitness(rewards[1:][kept][:, usable], costs[1:][kept][:, usable], lam)

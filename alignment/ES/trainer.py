@@ -25,22 +25,21 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Set
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from alignment.distributed import Processes
 from alignment.errors import UserError
 from alignment.ES import advice
+from alignment.ES.checkpoints import restore, save_model
 from alignment.ES.fitness import FitnessRule
-from alignment.ES.journal import Journal, MembersFile, finished_members
+from alignment.ES.journal import Journal, MembersFile, finished_members, forget_missing
 from alignment.ES.low_rank import LowRankWeights
+from alignment.ES.member_scores import MemberScores
 from alignment.ES.model_card import model_card
 from alignment.ES.policy_weights import open_weights
 from alignment.ES.settings import ESSettings
@@ -50,8 +49,8 @@ from alignment.generation import Engine, Generation
 from alignment.lagrangian import LagrangeMultiplier
 from alignment.progress import progress_bar, watched
 from alignment.prompts import iteration_prompts, text_hash
-from alignment.records import finite_or_none, read_jsonl, read_object, write_json, write_jsonl
-from alignment.runs import MetricsLog, StopSignal, atomic_directory
+from alignment.records import read_jsonl, write_jsonl
+from alignment.runs import MetricsLog, StopSignal
 from alignment.scoring.scores import WaitingScorer
 from alignment.scoring.scores import deciding as deciding_part
 
@@ -162,24 +161,10 @@ class ESTrainer:
         return list(self.journal.steps)
 
     def _restore(self) -> None:
-        """theta and lambda of the last step: from the newest checkpoint that is not ahead of it, then by replay."""
+        """theta and lambda of the last step."""
         if not self.steps:
             return
-        begin = 0
-        for checkpoint in sorted((self.folder / "checkpoints").glob("iteration_*"), reverse=True):
-            try:
-                saved = read_object(checkpoint / "trainer_state.json", iteration=int)["iteration"]
-                if saved <= len(self.steps):
-                    self.weights.load(checkpoint)
-                    begin = saved
-                    break
-            except UserError as error:
-                raise UserError(
-                    f"{error}. Remove that checkpoint: the same command goes on from an older one, or from the journal alone"
-                ) from error
-        for step in self.steps[begin:]:
-            self.weights.step(step["seeds"], step["coefficients"])
-        self.weights.restore()
+        begin = restore(self.weights, self.folder, self.steps)
         self.multiplier.load_state_dict(self.steps[-1]["lambda_state"])
         if self.is_main:
             replayed = len(self.steps) - begin
@@ -247,41 +232,31 @@ class ESTrainer:
         """This process's share but what is `finished`: scored rows by member, seconds, whether a signal ended it early, an
         error.
         """
-        own: dict[int, dict] = {}
         seconds = {"perturb": 0.0, "generate": 0.0, "wait_for_scores": 0.0}
-        pending: list[tuple[int, Future]] = []
+        scores = MemberScores(self.scorer, self.pool, self.members_file, t, prompts, self.settings.verbose)
 
         def score(member: int, answers: list[Generation]) -> None:
             if member not in finished:
-                pending.append((member, self.pool.submit(self._score_member, t, member, prompts, answers)))
-            # What failed is raised once the engine has ended the group.
-            while pending and pending[0][1].done() and pending[0][1].exception() is None:
-                self._keep(own, *pending.pop(0))
+                scores.ask(member, answers)
 
         try:
             for group in groups:
                 if self._stopping():
                     break
                 self._generate(t, group, prompts, score, seconds)
-                while pending and pending[0][1].done():
-                    self._keep(own, *pending.pop(0))
+                scores.keep()  # not in `score`: what failed is raised once the engine has ended the group
             waiting = time.perf_counter()
-            while pending:
-                self._keep(own, *pending.pop(0))
+            scores.keep_all(self._stopping)
             seconds["wait_for_scores"] = time.perf_counter() - waiting
         except _Stopped:
-            pass
+            scores.keep_begun()
         except UserError as error:  # all processes end together, each with its finished members saved
-            with suppress(UserError):
-                for member, future in pending:
-                    if future.done() and future.exception() is None:
-                        self._keep(own, member, future)
-            return own, seconds, False, error
+            scores.keep_begun()
+            return scores.rows, seconds, False, error
         finally:
-            for _, future in pending:
-                future.cancel()
+            scores.cancel_queued()
         wanted = {member for group in groups for member in group} - finished
-        return own, seconds, own.keys() < wanted, None
+        return scores.rows, seconds, scores.rows.keys() < wanted, None
 
     def _generate(
         self,
@@ -312,34 +287,13 @@ class ESTrainer:
         seconds["perturb"] += between - before
         seconds["generate"] += time.perf_counter() - between
 
-    def _score_member(self, t: int, member: int, prompts: list[str], answers: list[Generation]) -> dict:
-        """Runs in a scoring thread; the row is what the members file keeps."""
-        responses, finished = [answer.response for answer in answers], [answer.finished for answer in answers]
-        scores = self.scorer.score(prompts, responses, finished)
-        return {
-            "iteration": t,
-            "member": member,
-            "rewards": [finite_or_none(value) for value in scores.rewards],
-            "costs": [finite_or_none(value) for value in scores.costs],
-            "errors": sorted({error for error in scores.errors if error}),
-            "tokens": sum(answer.num_tokens for answer in answers),
-            "unfinished": finished.count(False),
-            "cut": sum(answer.cut for answer in answers),
-            "truncated": sum(scores.truncated),
-            "distinct": len(set(responses)),
-        }
-
-    def _keep(self, done: dict[int, dict], member: int, future: Future) -> None:
-        row = future.result()
-        self.members_file.add(row)
-        done[member] = row
-        if self.settings.verbose and member != UNPERTURBED:
-            rewards, costs = np.array(row["rewards"], float), np.array(row["costs"], float)
-            tqdm.write(f"  member {member}: R {np.nanmean(rewards):.3f} C {np.nanmean(costs):.3f}")
-
     def _step(self, t: int, done: dict[int, dict]) -> dict:
         """Moves theta and lambda; returns the journal's row with the metrics in it. The same on every process."""
-        step = population_step(self.settings, self.rule, t, done, self.multiplier.value)
+        try:
+            step = population_step(self.settings, self.rule, t, done, self.multiplier.value)
+        except UserError:  # too many scores are missing, which the same command asks for again
+            self.processes.on_main(partial(forget_missing, self.folder))
+            raise
         self.weights.step(step.seeds, step.coefficients)
         constraint = self.multiplier.update(step.costs)
         return {
@@ -400,23 +354,11 @@ class ESTrainer:
         if self.settings.verbose:
             tqdm.write(samples(points))
 
-    def _save_model(self, final: Path, t: int, **state: float | str) -> None:
+    def _save_model(self, final: Path, t: int, **more: float | str) -> None:
         """theta in Hugging Face layout, float32, with the trainer's state beside it."""
-        s = self.settings
-        self.weights.restore()
-        with atomic_directory(final, needed=4 * self.engine.num_parameters) as folder:
-            if s.lora_rank is None:
-                self.engine.save_pretrained(folder, self.weights.whole())
-            else:  # merged; to go on, the adapters are needed
-                self.engine.save_pretrained(folder)
-                (folder / "adapters").mkdir()  # not among the model's own files: loaders take all that lie there
-                save_file(self.weights.master, folder / "adapters" / "es_weights.safetensors")
-            (folder / "README.md").write_text(
-                model_card(s, t, self.base_hash, self.multiplier.value, self.scorer.identity()), encoding="utf-8"
-            )
-            write_json(
-                folder / "trainer_state.json", {"iteration": t, "lambda_state": self.multiplier.state_dict(), **state}
-            )
+        card = model_card(self.settings, t, self.base_hash, self.multiplier.value, self.scorer.identity())
+        state = {"iteration": t, "lambda_state": self.multiplier.state_dict(), **more}
+        save_model(final, self.engine, self.weights, self.settings.lora_rank is not None, card, state)
 
     def _save_checkpoint(self, t: int) -> None:
         folder = self.folder / "checkpoints"
@@ -441,22 +383,11 @@ class ESTrainer:
         return bool(self.stop) or self.processes.stop_requested()
 
     def _show(self, row: dict) -> None:
-        text = (
-            f"objective {row['objective']:.3f} R {row['reward_mean']:.3f} C {row['cost_mean']:.3f} "
-            f"safe {row['safe_ratio']:.0f} % lambda {row['lambda']:.3f}"
-        )
-        seconds = row["seconds"]
-        speed = row["tokens"] / max(seconds["generate"], 1e-9)
-        done, total = row["iteration"] + 1, self.settings.num_iterations
         if watched():
-            self.bar.set_postfix_str(f"{text}, {speed:,.0f} tokens/s", refresh=False)
+            self.bar.set_postfix_str(advice.summary(row), refresh=False)
             self.bar.update()
         else:  # a job's log: a line a step
-            left = tqdm.format_interval(seconds["total"] * (total - done))
-            parts = " ".join(
-                f"{name} {seconds[name]:.1f}" for name in ("generate", "wait_for_scores", "perturb", "step")
-            )
-            print(f"step {done}/{total} {text} ({parts} s, {speed:,.0f} tokens/s, {left} left)", flush=True)
+            print(advice.log_line(row, self.settings.num_iterations), flush=True)
         for warning in advice.warnings(row, self.steps[-1]["metrics"] if self.steps else None):
             tqdm.write(f"warning: {warning}")
 

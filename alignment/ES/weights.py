@@ -96,18 +96,26 @@ class MasterWeights:
 
         Raises UserError for a checkpoint that lacks one, is damaged or has another shape: it is not this run's.
         """
-        missing = set(self.master)
+        missing, others = set(self.master), False
         for path in sorted(folder.rglob("*.safetensors")):
             with open_safetensors(path) as file:
+                others |= not self.master.keys() >= set(file.keys())
                 for name in missing.intersection(file.keys()):
-                    saved, own = file.get_tensor(name), self.master[name]
-                    if saved.shape != own.shape:
-                        raise UserError(f"{path}: {name} is {tuple(saved.shape)}, this run's {tuple(own.shape)}")
-                    check_finite(path, {name: saved})
-                    own.copy_(saved)
+                    self._take(path, name, file.get_tensor(name))
                     missing.discard(name)
+        if missing and others:
+            for name, tensor in _as_computed_with(folder, missing):
+                self._take(folder, name, tensor)
+                missing.discard(name)
         if missing:
             raise UserError(f"{folder} lacks the tensor {min(missing)} ({len(missing)} in all)")
+
+    def _take(self, place: Path, name: str, saved: torch.Tensor) -> None:
+        own = self.master[name]
+        if saved.shape != own.shape:
+            raise UserError(f"{place}: {name} is {tuple(saved.shape)}, this run's {tuple(own.shape)}")
+        check_finite(place, {name: saved})
+        own.copy_(saved)
 
     def hash(self) -> str:
         """What a run's base weights are known by: all parameters of the policy, those that it does not search as well."""
@@ -227,7 +235,18 @@ def read_checkpoint(
                 for name in sorted(wanted.intersection(file.keys())):
                     wanted.discard(name)
                     yield name, file.get_tensor(name).to(device).float()
-    if wanted:  # another layout: let transformers read it
-        for name, parameter in load_policy(folder, torch.float32).named_parameters():
-            if name in wanted:
-                yield name, parameter.data.to(device)
+    if wanted:
+        for name, tensor in _as_computed_with(folder, wanted):
+            yield name, tensor.to(device)
+
+
+def _as_computed_with(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, float32 tensor on the CPU) of those of `names` that transformers finds in `folder`.
+
+    Some architectures are saved under other names than they compute with, or with tensors taken apart (experts): only
+    transformers knows how they belong together. It reads the whole model for that.
+    """
+    wanted = set(names)
+    for name, parameter in load_policy(folder, torch.float32).named_parameters():
+        if name in wanted:
+            yield name, parameter.data

@@ -10,6 +10,7 @@ from typing import Literal
 from alignment.config import load_config, read_yaml_mapping, setting
 from alignment.conversation import check_template
 from alignment.errors import UserError
+from alignment.lagrangian import check_lambda_settings
 
 # Keys of the published YAML that are gone, and what does their work now.
 RETIRED = {
@@ -85,7 +86,9 @@ class GRPOSettings:
     )
     first_turn_only: bool = setting(True, "reward and train only what stands before an invented next user turn")
 
-    lambda_cost: float = setting(1.0, "lambda at the start", minimum=0.0)
+    lambda_cost: float = setting(
+        1.0, "lambda at the start; from lambda_min to lambda_max unless lambda_adapt is false", minimum=0.0
+    )
     lambda_adapt: bool = setting(True, "adapt lambda to the constraint E[C] + d <= 0")
     cost_threshold_d: float = setting(0.0, "d in the constraint E[C] + d <= 0")
     lambda_lr: float = setting(0.005, "learning rate of ln(lambda)", minimum=0.0)
@@ -139,8 +142,7 @@ class GRPOSettings:
         if not self.model_name:
             raise UserError("--model_name is missing: give it on the command line or in the YAML file")
         check_template(self.policy_template, "policy_template")
-        if self.lambda_min > self.lambda_max:
-            raise UserError(f"lambda_min ({self.lambda_min}) is above lambda_max ({self.lambda_max})")
+        check_lambda_settings(self)
         if self.lr_scheduler_type == "constant" and self.warmup_steps:  # which transformers' constant passes over
             self.lr_scheduler_type = "constant_with_warmup"
         for name in () if self.lora_rank else _OF_LORA:
