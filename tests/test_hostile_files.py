@@ -84,7 +84,6 @@ BAD_POINTS = {
     "reward true": (points(reward=True), [":2", "'reward'"]),
     "label of another quadrant": (points(label="UU"), [":2", "UU", "SH"]),
     "label a list": (points(label=["SH"]), [":2", "SH"]),
-    "an id twice": (points(id="x") + json.dumps(POINT | {"id": "x"}).encode(), ["id ", "several rows"]),
     "finished a word": (points(finished="no"), [":2", "'finished'", "true or false"]),
     "cut a number": (points(cut=1), [":2", "'cut'", "true or false"]),
     "tokens a word": (points(num_tokens="many"), [":2", "'num_tokens'", "number"]),
@@ -190,7 +189,7 @@ JUDGMENT = {"model_a": "a", "model_b": "b", "dimension": "helpfulness", "questio
 JUDGMENTS = {
     "no scores": ({"model_a": "a", "model_b": "b", "dimension": "helpfulness", "question": "q"}, ["'scores'"]),
     "a model against itself": (JUDGMENT | {"model_b": "a"}, ["two models"]),
-    "a model that is a number": (JUDGMENT | {"model_b": 3}, ["two models"]),
+    "a model that is a number": (JUDGMENT | {"model_b": 3}, [":1", "'model_b' must be text, got 3"]),
     "one score": (JUDGMENT | {"scores": [7]}, ["two scores"]),
     "scores in words": (JUDGMENT | {"scores": ["7", "2"]}, ["two scores"]),
     "another dimension": (JUDGMENT | {"dimension": "length"}, ["'length'", "helpfulness"]),
@@ -208,7 +207,7 @@ def test_judgments(tmp_path, good, script, case):
         content = json.dumps(content).encode() + b"\n"
     path = bad_file(tmp_path, "judgments.jsonl", content)
     if case == "cut off":
-        words = [":1", "'model_a' is missing"]
+        words = [":1", "'question' is missing"]
     if script == RATE:
         places = ["--ratings_out", tmp_path / "r.json", "--plot_out", tmp_path / "r.png"]
         message = refused(RATE, "--judgments_in", path, "--data_dir", tmp_path, *places)

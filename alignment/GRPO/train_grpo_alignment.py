@@ -81,6 +81,11 @@ def train_policy(settings: GRPOSettings, lock: RunLock) -> int:
         return 0
     begun = bool(begun_with)
     first = int(os.environ.get("RANK", 0)) == 0
+    names = ["checkpoints"] * (checkpoint is not None) + ["metrics.jsonl", "eval", "best", "final"]
+    if not begun and (found := [name for name in names if (folder / name).exists()]):
+        raise UserError(
+            f"{folder} holds {', '.join(found)} but no manifest.json: what run is that? Give another --output_dir, or remove them"
+        )
     if checkpoint is not None:
         check_whole(checkpoint, processes, os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true")
     drawn = [row[settings.prompt_key] for row in draw_rows(train_rows, settings.max_samples)]
@@ -208,12 +213,6 @@ def what_began(folder: Path, settings: GRPOSettings, processes: int) -> tuple[di
     """
     checkpoint = newest_checkpoint(folder)
     if not os.path.exists(folder / "manifest.json"):  # no error where one may not look: the folder's check says it
-        names = ["checkpoints"] * (checkpoint is not None) + ["metrics.jsonl", "eval", "best", "final"]
-        if found := [name for name in names if os.path.exists(folder / name)]:
-            raise UserError(
-                f"{folder} holds {', '.join(found)} but no manifest.json: what run is that? Give another --output_dir, or remove "
-                "them"
-            )
         return {}, checkpoint, False
     if not settings.resume:
         raise UserError(f"{folder} holds a run already: give another --output_dir, or leave out --resume false")

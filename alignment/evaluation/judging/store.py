@@ -75,6 +75,9 @@ def read_records(path: str | Path, required: Iterable[str] = ()) -> list[dict]:
     """The lines of a judgments file. Raises UserError for one of ours (with a key) that does not say how it ended."""
     rows = read_numbered(path, required)
     for where, row in rows:
+        for name in COMPARISON:
+            if not isinstance(row.get(name, ""), str):
+                raise UserError(f"{where}: '{name}' must be text, got {row[name]!r:.60}")
         if "key" not in row:
             continue
         if not isinstance(row["key"], str):
@@ -192,11 +195,6 @@ def read_judgments(
     `judge` and `template` do not choose, or those of several answers of a model without points.
     """
     rows = read_records(path, required=PUBLISHED_KEYS)
-    for row in rows:
-        if not all(isinstance(row[key], str) for key in COMPARISON):
-            raise UserError(
-                f"{path}: {', '.join(COMPARISON)} must be texts, got {[row[key] for key in COMPARISON]!r:.80}"
-            )
     if models:
         rows = [row for row in rows if row["model_a"] in models and row["model_b"] in models]
     if not rows:
