@@ -35,8 +35,10 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         try:
             sys.exit(main() or 0)
-        except SystemExit:  # of --help as well
+        except SystemExit as ended:  # of --help as well
             sys.stdout.flush()  # what was printed is written here, or its error told below
+            if isinstance(ended.code, int):
+                _leave(ended.code)
             raise
     except UserError as error:
         tell(str(error))
@@ -57,6 +59,11 @@ def _leave(code: int) -> NoReturn:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # One of several processes: gloo's threads may outlive its group, and then now and then abort the process while Python
+        # ends (134, with all done and saved; https://github.com/pytorch/pytorch/issues/190489).
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -183,3 +183,13 @@ def test_a_config_that_was_edited_keeps_no_run_from_going_on(tmp_path, text):
         (tmp_path / "config.yaml").write_bytes(text.encode("latin-1"))
     record_start(tmp_path, "steps: 6\n")
     assert [row["changed"] for row in read_jsonl(tmp_path / "starts.jsonl")] == [None]
+
+
+@pytest.mark.parametrize(("ends", "code"), [("return 3", 3), ("raise UserError('no')", 2), ("return None", 0)])
+def test_what_happens_while_python_ends_does_not_change_the_code_of_one_of_several(ends, code):
+    """gloo's threads now and then abort a process that has done and saved all."""
+    script = "import atexit, os\nfrom alignment.errors import UserError, run_main\natexit.register(os.abort)\n"
+    script += f"def main():\n    print('done')\n    {ends}\nrun_main(main)\n"
+    several = os.environ | {"WORLD_SIZE": "2"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, env=several, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "done\n"), done.stderr
