@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import runpy
 import sys
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ class Done:
 def run_script(script: str, *arguments: object) -> Done:
     """The real script with its real `main`. An exception that leaves it is raised here: the traceback is the test's."""
     out, err = io.StringIO(), io.StringIO()
-    former = sys.argv, sys.path
+    former, leave = (sys.argv, sys.path), os._exit
+    os._exit = sys.exit  # how one of several processes ends
     sys.argv = [script, *map(str, arguments)]
     sys.path = [str((REPO / script).parent), *sys.path]
     try:
@@ -49,7 +51,7 @@ def run_script(script: str, *arguments: object) -> Done:
     except SystemExit as stopped:
         code = stopped.code if isinstance(stopped.code, int) else 0 if stopped.code is None else 1
     finally:
-        sys.argv, sys.path = former
+        (sys.argv, sys.path), os._exit = former, leave
     return Done(code, out.getvalue(), err.getvalue())
 
 

@@ -484,10 +484,10 @@ def test_every_batch_of_a_resumed_run_is_one_of_the_run_that_was_not_stopped(tin
         # Held out, the eight members of iteration 0, then -1 and 0: member 1 fails.
         first, _ = train(tmp_path / "parts", scorer, gone_at=1 + 8 + 2 + 1)
         saved = finished_members(tmp_path / "parts", 1).keys()
-        assert saved in (
-            {-1, 0},
-            {-1, 0, 2},
-        )  # two threads score: the member after the one that failed may have its scores
+        assert {
+            -1,
+            0,
+        } <= saved and 1 not in saved  # of later members those that the other scoring thread was through with
         second, found = train(tmp_path / "parts", scorer)
     assert found == wanted
     assert set(first) | set(second) == set(whole)
