@@ -10,7 +10,8 @@
 # the trainer saves and ends with 128 + USR1; the script then queues its own job again, MAX_RESTARTS times at most, and the
 # same command goes on where the run was. So it does after exit code 75: the scorer stayed away. TERM is passed on too: it
 # comes from scancel, which ends the job (also while it saves), and from preemption, after which SLURM itself queues the job
-# again (#SBATCH --requeue); with a grace time srun's tasks get TERM first, and the script then queues the job again. `run` waits in the background, because bash runs no trap while it waits for a command in the foreground.
+# again (#SBATCH --requeue); with a grace time srun's tasks get TERM first, and the script then queues the job again. `run`
+# waits in the background, because bash runs no trap while it waits for a command in the foreground.
 
 STOPPED=138 # 128 + SIGUSR1: saved and stopped, as the trainers say; also what is left of a script that a USR1 ended
 TERMED=143  # 128 + SIGTERM
@@ -159,7 +160,8 @@ run() {
 # Whether a scorer will come: not when SLURM has no job that is the experiment's scorer. That of train_with_scorer.sh runs in
 # the same job, and comes again with it.
 scorer_may_come() {
-    [ -z "${EXPERIMENT_ID:-}" ] || [ "${SCORER_JOB_ID:-}" = "$SLURM_JOB_ID" ] || [ -n "$(squeue --noheader --me --name="scorer.$EXPERIMENT_ID,scorer_service" 2>&1)" ]
+    [ -z "${EXPERIMENT_ID:-}" ] || [ "${SCORER_JOB_ID:-}" = "$SLURM_JOB_ID" ] ||
+        [ -n "$(squeue --noheader --me --name="scorer.$EXPERIMENT_ID,scorer_service" 2>&1)" ]
 }
 
 # The experiment's scorer, where it waits in SLURM's queue: what this job then waits for, without counting restarts meanwhile.
@@ -174,8 +176,9 @@ pending_scorer() {
 finish() {
     local code="$1" what="${2:-stopped and saved}" restarts="${SLURM_RESTART_COUNT:-0}"
     in_job || exit "$code"
-    # A TERM that came to the program alone, and not to this script, is the beginning of a preemption's grace time.
-    if [ "$code" = "$TERMED" ] && [ -z "${received:-}" ]; then code="$STOPPED"; fi
+    # A TERM that came to the program alone, and not to this script, is the beginning of a preemption's grace time; one after
+    # the warning is the time limit.
+    if [ "$code" = "$TERMED" ] && [ "${received:-}" != TERM ]; then code="$STOPPED"; fi
     case "$code" in
     "$STOPPED") ;;
     "$PASSING")

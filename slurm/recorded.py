@@ -3,8 +3,8 @@
     check_results(experiment)      # UserError for a result of other settings, before anything is queued
 
 Training runs say in their journal or manifest.json what they were begun with, summaries what scored them; jobs.json has what
-the scorer, and the jobs of a training, were asked for (`asked`). More steps than a run has
-taken are no other settings. Classified answers of other settings are no error: sweep_tasks.py has them made anew.
+the scorer, and the jobs of a training, were asked for (`asked`). More steps than a run has taken are no other settings.
+Classified answers of other settings are no error: sweep_tasks.py has them made anew.
 """
 
 from __future__ import annotations

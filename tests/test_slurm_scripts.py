@@ -221,8 +221,9 @@ def test_a_term_to_the_program_alone_is_a_preemptions_grace_time(tmp_path):
     """srun's tasks hear it and save; the script does not, and nobody else would queue the job again."""
     path = fake(tmp_path, "scontrol", 'echo "$*"\n')
     job = '. slurm/common.sh; received=; code=0; run bash -c "exit 143" || code=$?; {}finish "$code"'
-    preempted = bash("-c", job.format(""), PATH=path, SLURM_JOB_ID="7")
-    assert (preempted.returncode, "requeue 7" in preempted.stdout) == (0, True), preempted.stderr
+    for received in ("", "received=USR1; "):  # and the time limit, which comes while a warned run saves
+        preempted = bash("-c", job.format(received), PATH=path, SLURM_JOB_ID="7")
+        assert (preempted.returncode, "requeue 7" in preempted.stdout) == (0, True), preempted.stderr
     cancelled = bash("-c", job.format("received=TERM; "), PATH=path, SLURM_JOB_ID="7")
     assert (cancelled.returncode, "requeue" in cancelled.stdout) == (143, False)
 
