@@ -6,9 +6,9 @@
 An entry is done when its summary tells of what the entry asks for now: the same answers (policy, checkpoint, journal and step,
 or file) to the same prompts, made and scored with the same settings, and newer than the files of policy and answers. A journal
 is only added to: what it says up to a step stays. `todo` takes the flags of the classification too, which win over the file.
-Where an entry is not done, `todo` takes away saved answers that cannot be gone on with, with all that was made from them: those
-of other settings, and of the policy as it was before it was trained further. FORCE=1 has it take away any; a job that is queued
-again with it keeps what it has made since.
+Where an entry is not done, `todo` moves saved answers that cannot be gone on with, and all that was made from them, to `replaced/`
+in their folder (hours of a GPU may be in them): those of other settings, and of the policy as it was before it was trained
+further. FORCE=1 has it move any; a job that is queued again with it keeps what it has made since.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from alignment.model_folder import config_hash, known_as, weights_hash
 from alignment.records import atomic_open, read_object
 
 DONE = 3
-RESULTS = ("scores.jsonl", "Rs.npy", "Cs.npy", "labels.npy", "points.jsonl", "scatter.png", "forced_by")
+RESULTS = ("generations.jsonl", "scores.jsonl", "Rs.npy", "Cs.npy", "labels.npy", "points.jsonl", "scatter.png")
 SPEED = "policy_batch_size"  # finished results are not made again for it; answers of two of them are not mixed
 
 
@@ -82,17 +83,21 @@ class Sweep:
             recorded |= {"max_length": scorer["max_length"]} if "max_length" in scorer else {}
         return self._older(self.summary) or self._changes(recorded, (SPEED,))
 
-    def remove(self) -> None:
+    def set_aside(self) -> None:
         """The summary goes first: it says that the rest is whole."""
-        for ending in ("summary.json", "generations.jsonl", *RESULTS):
-            self._file(ending).unlink(missing_ok=True)
+        files = [file for ending in ("summary.json", *RESULTS) if (file := self._file(ending)).exists()]
+        place = self._file(time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime()))
+        place = place.parent / "replaced" / place.name
+        for file in files:
+            place.mkdir(parents=True, exist_ok=True)
+            file.replace(place / file.name)
 
     def begin_anew(self, job: str, restarts: str) -> None:
-        """Removes everything, once a job: what is there when it is queued again is its own."""
+        """Sets everything aside, once a job: what is there when it is queued again is its own."""
         mark = self._file("forced_by")
         if restarts != "0" and mark.exists() and mark.read_text() == job:
             return
-        self.remove()
+        self.set_aside()
         if job:
             with atomic_open(mark) as file:
                 file.write(job)
@@ -204,8 +209,8 @@ def main() -> int:
         print(f"{told} is done: {sweep.summary}; FORCE=1 classifies it again")
         return DONE
     if other := sweep.other_answers():
-        print(f"{told} is not done, and its saved answers are removed: {other}")
-        sweep.remove()
+        print(f"{told} is not done, and its saved answers are moved to replaced/: {other}")
+        sweep.set_aside()
     elif sweep.summary.exists():
         print(f"{told} is not done: {sweep.other_results()}")
     return 0

@@ -111,14 +111,16 @@ def test_what_cannot_be_gone_on_with_is_taken_away_and_the_reason_told(entry, tm
     done = bash(CLASSIFY, "--device", "cpu", CONFIG_FILE=str(path))
     assert done.returncode == 0, done.stderr
     assert (
-        "sweep 0 (m) is not done, and its saved answers are removed: policy_max_new_tokens (was 4, now 6)"
+        "sweep 0 (m) is not done, and its saved answers are moved to replaced/: policy_max_new_tokens (was 4, now 6)"
         in done.stdout
     )
     assert read_json(folder / "m_summary.json")["sampling"]["max_new_tokens"] == 6
+    (replaced,) = (folder / "replaced").iterdir()
+    assert read_jsonl(replaced / "m_generations.jsonl") == made and (replaced / "m_summary.json").exists()
     assert todo(path)[0] == 3
 
 
-def test_answers_of_a_policy_that_was_trained_further_are_removed_before_there_is_a_summary(entry, tmp_path):
+def test_answers_of_a_policy_that_was_trained_further_are_set_aside_before_there_is_a_summary(entry, tmp_path):
     policy = tmp_path / "best"
     policy.mkdir()
     (policy / "model.safetensors").write_bytes(b"1")
@@ -131,14 +133,14 @@ def test_answers_of_a_policy_that_was_trained_further_are_removed_before_there_i
     os.utime(policy / "model.safetensors", (time.time() + LATER,) * 2)
     assert todo(path) == (
         0,
-        f"sweep 0 (m) is not done, and its saved answers are removed: {policy} was written after them\n",
+        f"sweep 0 (m) is not done, and its saved answers are moved to replaced/: {policy} was written after them\n",
     )
     assert not saved.exists()
     write_jsonl(saved, [{"policy": "another"}])
     assert todo(path) == (0, "") and saved.exists()  # the classification refuses them
 
 
-def test_force_removes_once_a_job_however_often_it_is_queued_again(entry, tmp_path):
+def test_force_begins_anew_once_a_job_however_often_it_is_queued_again(entry, tmp_path):
     path, saved = write(tmp_path / "sweeps.yaml", {"sweeps": [entry]}), tmp_path / "results" / "m_generations.jsonl"
 
     def is_kept(**environment: str) -> bool:

@@ -9,8 +9,8 @@
 #
 # Further arguments go to the Python script and win over the file. Run it from the repository root. A task that was killed
 # or requeued goes on where it stopped. One whose results are there already, with the settings of now, ends at once, unless
-# FORCE=1, which removes them first; answers of other settings, or of a policy that was trained further since, are removed and
-# made anew (slurm/sweep_tasks.py). Settings of the site: slurm/site.env.
+# FORCE=1, which moves them to replaced/ first; so are answers of other settings, or of a policy that was trained further since,
+# and made anew (slurm/sweep_tasks.py). Settings of the site: slurm/site.env.
 #SBATCH --job-name=classify_reward_cost_unified
 #SBATCH --output=logs/classify_reward_cost_unified_%A_%a.log
 #SBATCH --nodes=1
