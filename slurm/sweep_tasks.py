@@ -6,9 +6,9 @@
 An entry is done when its summary tells of what the entry asks for now: the same answers (policy, checkpoint, journal and step,
 or file) to the same prompts, made and scored with the same settings, and newer than the files of policy and answers. A journal
 is only added to: what it says up to a step stays. `todo` takes the flags of the classification too, which win over the file.
-Where an entry is not done, `todo` moves saved answers that cannot be gone on with, and all that was made from them, to `replaced/`
-in their folder (hours of a GPU may be in them): those of other settings, and of the policy as it was before it was trained
-further. FORCE=1 has it move any; a job that is queued again with it keeps what it has made since.
+Where an entry is not done, `todo` moves saved answers that cannot be gone on with, and all that was made from them, to
+`replaced/` in their folder (hours of a GPU may be in them): those of other settings, and of the policy as it was before it was
+trained further. FORCE=1 has it move any; a job that is queued again with it keeps what it has made since.
 """
 
 from __future__ import annotations
