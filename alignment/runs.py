@@ -164,7 +164,10 @@ class StopSignal:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-        print(f"\n{self.received.name} received: saving and stopping (Ctrl-C again stops at once)", file=sys.stderr)
+        # Not print: where the signal interrupts a write to stderr (a progress bar's), Python refuses another one in it.
+        told = f"\n{self.received.name} received: saving and stopping (Ctrl-C again stops at once)\n"
+        with contextlib.suppress(OSError):
+            os.write(2, told.encode())
 
     def __enter__(self) -> StopSignal:
         self._former = {number: signal.signal(number, self._handle) for number in self.SIGNALS}

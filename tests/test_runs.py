@@ -1,5 +1,6 @@
 """Run folders: checkpoints are whole or absent, signals are heard, metrics go on where they were."""
 
+import io
 import json
 import os
 import platform
@@ -128,7 +129,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_a_flag_and_the_old_handler_comes_back(number, capsys):
+def test_a_signal_is_a_flag_and_the_old_handler_comes_back(number, capfd):
     before = signal.getsignal(number)
     with StopSignal() as stop:
         assert not stop
@@ -136,7 +137,7 @@ def test_a_signal_is_a_flag_and_the_old_handler_comes_back(number, capsys):
         assert stop
         assert stop.received == number
     assert signal.getsignal(number) == before
-    assert number.name in capsys.readouterr().err
+    assert number.name in capfd.readouterr().err
 
 
 def test_a_second_ctrl_c_interrupts():
@@ -183,6 +184,24 @@ def test_a_config_that_was_edited_keeps_no_run_from_going_on(tmp_path, text):
         (tmp_path / "config.yaml").write_bytes(text.encode("latin-1"))
     record_start(tmp_path, "steps: 6\n")
     assert [row["changed"] for row in read_jsonl(tmp_path / "starts.jsonl")] == [None]
+
+
+def test_a_signal_while_stderr_is_written_is_no_error(monkeypatch, capfd):
+    """As while a progress bar is drawn; Python refuses a print within a print."""
+
+    class Raw(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return len(data)
+
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Raw())))
+    with StopSignal() as stop:
+        print("bar", file=sys.stderr, flush=True)
+        assert stop.received == signal.SIGTERM
+    assert "SIGTERM received: saving and stopping" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("ends", "code"), [("return 3", 3), ("raise UserError('no')", 2), ("return None", 0)])

@@ -188,8 +188,8 @@ def test_signals_reach_the_program_and_only_a_saved_run_is_queued_again(tmp_path
     assert ("requeue" in output) == (expected == 0)
 
 
-SERVICE = """import signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: (print("stopping", flush=True), time.sleep(1), sys.exit(0)))
+SERVICE = """import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b"stopping\\n"), time.sleep(1), sys.exit(0)))
 print("up", flush=True)
 time.sleep(30)
 """

@@ -15,6 +15,7 @@ back), and a missing score has a reason in `errors`. The port is taken before th
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -120,10 +121,18 @@ class Server(uvicorn.Server):
     """uvicorn's, which also says when it was told to stop."""
 
     on_stop = staticmethod(lambda: None)
+    loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
-        self.on_stop()
+        if (
+            self.loop is not None
+        ):  # not here: what the signal interrupts may hold the lock that a log line or a thread needs
+            self.loop.call_soon_threadsafe(self.on_stop)
 
 
 def main() -> int:
