@@ -146,8 +146,8 @@ def load_settings(argv: list[str], description: str = "") -> ClassifySettings:
 def sweep_settings(content: dict, path: str | Path, which: str, argv: list[str]) -> ClassifySettings:
     """The entry `which` of a sweep file's content, under the flags `argv`. Errors name `path`."""
     arguments = sweep_arguments(content, path, which, ClassifySettings)
-    try:
-        load_config(ClassifySettings, arguments, prog=PROG, description="")  # alone: an error is told as the file's
+    try:  # alone: an error is told as the file's. To look for a GPU takes seconds.
+        load_config(ClassifySettings, [*arguments, "--device=cpu"], prog=PROG, description="")
     except UserError as error:
         raise UserError(f"{path}, sweep {which}: {error}") from error
     return load_config(ClassifySettings, arguments + argv, prog=PROG, description="")
