@@ -10,6 +10,7 @@ process decides or fails at is known to all: an error on one is raised on all, a
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
@@ -43,11 +44,10 @@ class Processes:
     @classmethod
     def from_environment(cls, timeout: float = 1800) -> Processes:
         """As the launcher set it: torchrun's and accelerate's variables, or those of srun. One process without them."""
-        if "RANK" not in os.environ and _srun_tasks() > 1:
-            _environment_from_slurm()
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if world_size == 1:
+        if launched() == 1:
             return cls()
+        if "RANK" not in os.environ:
+            _environment_from_slurm()
         store, rank, world_size = next(dist.rendezvous("env://"))
         return cls(rank, world_size, int(os.environ.get("LOCAL_RANK", "0")), store, timeout)
 
@@ -90,6 +90,8 @@ class Processes:
 
     def close(self) -> None:
         if self.world_size > 1 and dist.is_initialized():  # vLLM has ended it when its engine was closed
+            with contextlib.suppress(UserError):
+                self.gather(None)  # the main process has the store, which the others may still be asking
             dist.destroy_process_group()
 
     def _talk(self, exchange: Callable[[], Result]) -> Result:
@@ -105,6 +107,11 @@ class Processes:
 def has_launcher() -> bool:
     """Whether torchrun, accelerate or srun has started this process as one of its own: it must not launch others."""
     return "WORLD_SIZE" in os.environ or _srun_tasks() > 1
+
+
+def launched() -> int:
+    """How many processes the launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", _srun_tasks()))
 
 
 def launch(count: int, argv: list[str]) -> int:

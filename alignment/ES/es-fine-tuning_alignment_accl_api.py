@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from alignment.config import as_yaml, load_config
-from alignment.distributed import Processes, has_launcher, launch
+from alignment.distributed import Processes, has_launcher, launch, launched
 from alignment.errors import UserError, run_main
 from alignment.ES.checkpoints import is_finished, left_by_a_run
 from alignment.ES.journal import begun_with, check_settings
@@ -56,9 +56,12 @@ def main() -> int:
         what_began(folder, settings, train)  # mistakes are told at once; the processes look again, with the lock
         return launch(settings.num_engines, sys.argv)
 
+    if settings.num_engines not in (
+        None,
+        launched(),
+    ):  # before they meet: one that left then would be missed by the others
+        raise UserError(f"num_engines is {settings.num_engines}, but {launched()} processes were launched")
     processes = Processes.from_environment(timeout=settings.scorer_max_wait + 1800)
-    if settings.num_engines not in (None, processes.world_size):
-        raise UserError(f"num_engines is {settings.num_engines}, but {processes.world_size} processes were launched")
     with RunLock(folder) as lock:
 
         def take_and_look() -> tuple[bool, dict, bool]:
