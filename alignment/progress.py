@@ -20,3 +20,11 @@ def progress_bar(total: int, desc: str, unit: str, *, initial: int = 0, disable:
 def watched() -> bool:
     """Whether stderr is a terminal."""
     return sys.stderr.isatty()
+
+
+def step_text(row: dict) -> str:
+    """The measures of a trainer's step, a train row of metrics.jsonl, for its bar or a line of its log."""
+    return (
+        f"objective {row['objective']:.3f} R {row['reward_mean']:.3f} C {row['cost_mean']:.3f} "
+        f"safe {row['safe_ratio']:.0f} % lambda {row['lambda']:.3f}"
+    )

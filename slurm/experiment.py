@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from recorded import Run, naming, scorer_asked
+from recorded import Run, final_step, naming, scorer_asked
 from sweep_tasks import Sweep, part_of, sweeps_of
 
 from alignment.config import load_config, nearest, read_yaml_mapping
@@ -313,8 +313,7 @@ def looks_like_path(model: str) -> bool:
 
 def is_finished(run: Path, steps: int) -> bool:
     """Whether a training run has taken its last step and saved the result."""
-    state = run / "final" / "trainer_state.json"
-    return state.exists() and read_object(state, iteration=int)["iteration"] >= steps
+    return final_step(run) >= steps
 
 
 def is_newer(result: Path, inputs: list[Path]) -> bool:

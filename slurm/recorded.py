@@ -113,9 +113,13 @@ class Run:
 
 def steps_taken(run: Path) -> int:
     """The step of a run's newest checkpoint, or of its final result."""
+    return max(final_step(run), step_of(newest_checkpoint(run)))
+
+
+def final_step(run: Path) -> int:
+    """The step of a run's final result; 0 without one."""
     state = run / "final" / "trainer_state.json"
-    final = read_object(state, iteration=int)["iteration"] if state.exists() else 0
-    return max(final, step_of(newest_checkpoint(run)))
+    return read_object(state, iteration=int)["iteration"] if state.exists() else 0
 
 
 def scorer_asked(environment: Mapping[str, str]) -> dict[str, Any]:

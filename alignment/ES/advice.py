@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tqdm import tqdm
 
+from alignment.progress import step_text
+
 FLAT = 1e-3  # spread of the fitness, in units of reward, below which ranking members is ranking noise
 AT_LIMIT = 0.9
 COLLAPSED = 0.25
@@ -12,24 +14,19 @@ EVERY_TIME = ("missing",)  # not a state of the run that lasts: other scores are
 
 def summary(row: dict) -> str:
     """A train row of metrics.jsonl, for a progress bar."""
-    speed = row["tokens"] / max(row["seconds"]["generate"], 1e-9)
-    return f"{_measures(row)}, {speed:,.0f} tokens/s"
+    return f"{step_text(row)}, {_speed(row)}"
 
 
 def log_line(row: dict, num_iterations: int) -> str:
     """The same for a job's log, with where the time went and what is left."""
     seconds, done = row["seconds"], row["iteration"] + 1
     parts = " ".join(f"{name} {seconds[name]:.1f}" for name in ("generate", "wait_for_scores", "perturb", "step"))
-    speed = row["tokens"] / max(seconds["generate"], 1e-9)
     left = tqdm.format_interval(seconds["total"] * (num_iterations - done))
-    return f"step {done}/{num_iterations} {_measures(row)} ({parts} s, {speed:,.0f} tokens/s, {left} left)"
+    return f"step {done}/{num_iterations} {step_text(row)} ({parts} s, {_speed(row)}, {left} left)"
 
 
-def _measures(row: dict) -> str:
-    return (
-        f"objective {row['objective']:.3f} R {row['reward_mean']:.3f} C {row['cost_mean']:.3f} "
-        f"safe {row['safe_ratio']:.0f} % lambda {row['lambda']:.3f}"
-    )
+def _speed(row: dict) -> str:
+    return f"{row['tokens'] / max(row['seconds']['generate'], 1e-9):,.0f} tokens/s"
 
 
 def warnings(row: dict, previous: dict | None) -> list[str]:

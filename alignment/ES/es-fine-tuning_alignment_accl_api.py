@@ -56,10 +56,8 @@ def main() -> int:
         what_began(folder, settings, train)  # mistakes are told at once; the processes look again, with the lock
         return launch(settings.num_engines, sys.argv)
 
-    if settings.num_engines not in (
-        None,
-        launched(),
-    ):  # before they meet: one that left then would be missed by the others
+    # Before they meet: the others would miss one that left then.
+    if settings.num_engines not in (None, launched()):
         raise UserError(f"num_engines is {settings.num_engines}, but {launched()} processes were launched")
     processes = Processes.from_environment(timeout=settings.scorer_max_wait + 1800)
     with RunLock(folder) as lock:

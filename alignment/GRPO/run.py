@@ -26,7 +26,7 @@ from alignment.GRPO.ranks import Stopped, failing_together, on_any
 from alignment.GRPO.settings import GRPOSettings
 from alignment.GRPO.stop_files import stop_asked
 from alignment.GRPO.trainer import BrokenStep, ConstrainedGRPOTrainer
-from alignment.progress import progress_bar, watched
+from alignment.progress import progress_bar, step_text, watched
 from alignment.prompts import text_hash
 from alignment.records import finite_or_none, read_json, read_jsonl, write_json, write_jsonl
 from alignment.runs import MetricsLog, StopSignal, atomic_directory
@@ -176,16 +176,14 @@ class Run(TrainerCallback):
         seconds = row["seconds"] | {"train": total - sum(row["seconds"].values()), "total": total}
         row["seconds"] = {name: round(value, 4) for name, value in seconds.items()}
         metrics.log(row, row["iteration"])
-        text = (
-            f"objective {row['objective']:.3f} R {row['reward_mean']:.3f} C {row['cost_mean']:.3f} "
-            f"safe {row['safe_ratio']:.0f} % lambda {row['lambda']:.3f}"
-        )
         if watched():
-            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.set_postfix_str(step_text(row), refresh=False)
             self.bar.update()
         elif self._step % self.settings.logging_steps == 0:
             left = tqdm.format_interval(total * (self.settings.max_steps - self._step))
-            print(f"step {self._step}/{self.settings.max_steps} {text} ({total:.1f} s, {left} left)", flush=True)
+            print(
+                f"step {self._step}/{self.settings.max_steps} {step_text(row)} ({total:.1f} s, {left} left)", flush=True
+            )
 
     def _evaluate(self) -> None:
         """Scored greedy answers to the held-out prompts. Raises Stopped, on all processes, when one is told to stop between
